@@ -1,0 +1,1 @@
+"""The language of Patchwork: job descriptions, wire models, reasons and the cost model. Pure Python, no framework."""

@@ -1,0 +1,117 @@
+"""The data part of a job description: where images come from, which of them, and how they are prepared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from configs.base import Fraction, Positive, Seed, Slug, Strict
+
+TorchvisionName = Literal[
+    "FashionMNIST", "MNIST", "CIFAR10", "CIFAR100", "Flowers102", "OxfordIIITPet", "ImageNet"
+]
+
+
+class TorchvisionSource(Strict):
+    """A data set of torchvision, under the node's data root."""
+
+    type: Literal["torchvision"]
+    name: TorchvisionName
+    download: Literal["auto", "never"] = Field("auto", description="auto: once per node, under a lock.")
+
+
+class FolderSource(Strict):
+    """A registered image folder, `<data root>/<path>/<split>/<class>/<image>`; registration makes its index once."""
+
+    type: Literal["folder"]
+    name: Slug = Field(description="The name it was registered under (patchwork datasets add).")
+
+
+class SyntheticSource(Strict):
+    """Generated images (a class is a colour and a texture), for tests and throughput measurements."""
+
+    type: Literal["synthetic"]
+    num_train: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
+    num_eval: Annotated[int, Field(ge=1, le=10_000_000)] = 256
+    num_classes: Annotated[int, Field(ge=1, le=100_000)] = 10
+    image_size: Annotated[int, Field(ge=1, le=2048)] = 32
+
+
+Source = Annotated[TorchvisionSource | FolderSource | SyntheticSource, Field(discriminator="type")]
+NOT_BUILT_SOURCES = ("shards", "parquet", "dataset")
+
+
+class Subset(Strict):
+    """A seeded part of the training split: a fraction of it, or so many examples of each class."""
+
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    per_class: Positive | None = None
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.fraction is None) == (self.per_class is None):
+            raise ValueError("give exactly one of fraction and per_class")
+        return self
+
+
+class Holdout(Strict):
+    """A seeded part of the training split kept away from training and used for evaluation instead of `eval`.
+    Chosen by permutation, never by slice: class-ordered folders would lose whole classes."""
+
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    seed: Seed = 0
+
+
+class Augment(Strict):
+    """Training augmentation; each sample's is a pure function of (seed, epoch, sample index)."""
+
+    crop: Literal["inception", "resize"] = Field(
+        "inception", description="inception: random area and aspect, resized to image_size; resize: no crop."
+    )
+    crop_area: tuple[Fraction, Fraction] = Field((0.05, 1.0), description="Area range of the Inception crop.")
+    flip: bool = True
+
+    @model_validator(mode="after")
+    def _check_area(self) -> Self:
+        low, high = self.crop_area
+        if not 0.0 < low <= high:
+            raise ValueError(f"crop_area {list(self.crop_area)}: expected 0 < low <= high <= 1")
+        if self.crop == "resize" and "crop_area" in self.model_fields_set and self.crop_area != (0.05, 1.0):
+            raise ValueError("crop_area applies to crop: inception only")
+        return self
+
+
+class DataConfig(Strict):
+    """Data of a job. Images are scaled to (x / 255 - mean) / std."""
+
+    source: Source
+    train: str = Field("train", description="Split to train on.", examples=["train", "trainval"])
+    eval: str = Field("test", description="Split to evaluate on.", examples=["test", "val"])
+    subset: Subset | None = None
+    holdout: Holdout | None = None
+    augment: Augment = Augment()
+    eval_crop: Literal["resize", "center"] = Field(
+        "resize", description="resize: direct square resize (official); center: resize to 8/7, central crop."
+    )
+    mean: tuple[float, ...] = Field((0.5,), description="One value, or one per channel.")
+    std: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.5,)
+    loader_workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Decode threads per rank; 0: one prefetch thread.")
+    max_corrupt: Fraction = Field(0.001, description="Share of unreadable images tolerated before the job fails.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unbuilt(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("source"), dict):
+            kind = values["source"].get("type")
+            if kind in NOT_BUILT_SOURCES:
+                raise ValueError(f"source type {kind!r} is not available yet: use torchvision, folder or synthetic")
+        return values
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        for field in ("mean", "std"):
+            if len(getattr(self, field)) not in (1, 3):
+                raise ValueError(f"{field} needs one value or three, got {len(getattr(self, field))}")
+        return self

@@ -1,0 +1,121 @@
+"""The job description: one union on `kind`. Field names are the contract with users."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, TypeAdapter, model_validator
+
+from configs.base import Label, Strict
+from configs.data import DataConfig
+from configs.model import ModelConfig
+from configs.service import Queue, Resources, Retry
+from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Zero
+
+SPEC_SCHEMA_VERSION = 1
+NOT_BUILT_KINDS = ("search", "inspect")
+
+CheckpointRef = Annotated[
+    str, StringConstraints(pattern=r"^(ckpt_[0-9A-Za-z_-]{1,80}|job_[0-9A-HJKMNP-TV-Z]{26}/(best|latest))$")
+]
+"""A checkpoint by id (`ckpt_…`), or a job's best or latest one (`job_…/best`)."""
+
+
+class _Job(Strict):
+    schema_version: Literal[1] = SPEC_SCHEMA_VERSION
+    name: Label = Field("unnamed", description="Shown to people; need not be unique.")
+    labels: dict[Label, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=64)
+    preset: str | None = Field(None, description="The preset this was made from; the other keys override it.")
+    resources: Resources = Resources()
+    queue: Queue = Queue()
+    retry: Retry = Retry()
+
+
+class _TrainingJob(_Job):
+    model: ModelConfig
+    data: DataConfig
+    optim: Optim = Optim()
+    schedule: Schedule
+    train: Train = Train()
+    zero: Zero = Zero()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _check_cross_fields(self) -> Self:
+        batch = self.train.global_batch_size
+        low, high = self.resources.worker_range
+        allowed = [n for n in range(low, high + 1) if batch % n == 0]
+        if not allowed:
+            wanted = str(low) if low == high else f"{low} to {high}"
+            raise ValueError(f"train.global_batch_size {batch} cannot be divided among {wanted} workers")
+        micro = self.train.micro_batch_size
+        if micro != "auto":
+            for n in allowed:
+                if (batch // n) % micro:
+                    raise ValueError(
+                        f"train.micro_batch_size {micro} does not divide the {batch // n} images that each of {n} workers "
+                        f"takes of train.global_batch_size {batch}"
+                    )
+        channels = {1, self.model.in_channels}
+        for field in ("mean", "std"):
+            if len(getattr(self.data, field)) not in channels:
+                raise ValueError(
+                    f"data.{field} has {len(getattr(self.data, field))} values, model.in_channels is {self.model.in_channels}"
+                )
+        return self
+
+    @property
+    def allowed_world_sizes(self) -> tuple[int, ...]:
+        """Worker counts this job may run on: those in its range that divide the global batch."""
+        low, high = self.resources.worker_range
+        return tuple(n for n in range(low, high + 1) if self.train.global_batch_size % n == 0)
+
+
+class PretrainJob(_TrainingJob):
+    """Train from scratch."""
+
+    kind: Literal["pretrain"]
+
+    @model_validator(mode="after")
+    def _needs_sizes(self) -> Self:
+        if not self.model.has_sizes:
+            raise ValueError("model.variant (or the five sizes) is needed to train from scratch")
+        return self
+
+
+class FinetuneJob(_TrainingJob):
+    """Train from a checkpoint's weights with a new head, at any resolution."""
+
+    kind: Literal["finetune"]
+    init_from: CheckpointRef
+
+
+class EvaluateJob(_Job):
+    """Accuracy of a checkpoint on a split; it does not depend on the number of workers."""
+
+    kind: Literal["evaluate"]
+    init_from: CheckpointRef
+    data: DataConfig | None = Field(None, description="Left out: the data the checkpoint was trained on.")
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="Left out: the checkpoint's.")
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 256
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class ExportJob(_Job):
+    """A checkpoint's weights in a format other code reads."""
+
+    kind: Literal["export"]
+    init_from: CheckpointRef
+    format: Literal["safetensors", "timm"] = "safetensors"
+
+    @model_validator(mode="after")
+    def _one_worker(self) -> Self:
+        if self.resources.worker_range != (1, 1):
+            raise ValueError("resources.workers: an export runs on one worker")
+        return self
+
+
+JobSpec = Annotated[PretrainJob | FinetuneJob | EvaluateJob | ExportJob, Field(discriminator="kind")]
+TrainingJob = PretrainJob | FinetuneJob
+job_spec_adapter: TypeAdapter[PretrainJob | FinetuneJob | EvaluateJob | ExportJob] = TypeAdapter(JobSpec)

@@ -1,0 +1,121 @@
+"""How a model is trained: optimizer, schedule, batch, precision, ZeRO, checkpoints and evaluation.
+
+Durations may be given in steps, epochs or examples; `configs.resolve` turns them into steps, once, at submission.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from configs.base import Fraction, Positive, Seed, Strict
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Amount = Annotated[float, Field(gt=0.0, le=1e15)]
+
+
+class Optim(Strict):
+    """AdamW (decoupled decay, on kernels only) or SGD with momentum. Weight decay is torch's: multiplied by the
+    learning rate (big_vision's 1e-4 at lr 1e-3 is 0.1 here)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    clip_grad_norm: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(1.0, description="Global norm; null: no clip.")
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> Self:
+        unused = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}}[self.name]
+        defaults = type(self).model_fields
+        for field in sorted(unused):
+            if getattr(self, field) != defaults[field].default:
+                raise ValueError(f"{field} does not apply to {self.name}")
+        return self
+
+
+class Schedule(Strict):
+    """Learning rate: linear warm-up from 0, then linear or cosine to 0, or constant. Exactly one total."""
+
+    total_steps: Positive | None = None
+    total_epochs: Amount | None = None
+    total_examples: Positive | None = None
+    warmup_steps: Count | None = None
+    warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
+    warmup_examples: Count | None = None
+    decay: Literal["linear", "cosine", "constant"] = "cosine"
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> Self:
+        total = [f for f in ("total_steps", "total_epochs", "total_examples") if getattr(self, f) is not None]
+        if len(total) != 1:
+            raise ValueError(
+                f"give exactly one of total_steps, total_epochs and total_examples, got {', '.join(total) or 'none'}"
+            )
+        warmup = [f for f in ("warmup_steps", "warmup_epochs", "warmup_examples") if getattr(self, f) is not None]
+        if len(warmup) > 1:
+            raise ValueError(f"give at most one of warmup_steps, warmup_epochs and warmup_examples, got {', '.join(warmup)}")
+        if self.total_steps is not None and self.warmup_steps is not None and self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than total_steps {self.total_steps}")
+        return self
+
+
+class Train(Strict):
+    """Batch, precision, loss and randomness. The global batch never changes with the number of workers."""
+
+    global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 4096
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: fp32 parameters, bfloat16 autocast.")
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    seed: Seed = 0
+    ema_decay: None = Field(None, description="Not available yet.")
+    activation_checkpointing: bool = False
+    compile: Literal[False] = Field(False, description="Not available yet.")
+    max_nonfinite_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
+        3, description="Consecutive steps with a non-finite gradient before the job fails with NAN_LOSS."
+    )
+    log_every_steps: Positive = 10
+
+
+class Zero(Strict):
+    """ZeRO stage: what is partitioned over the workers (0 nothing, 1 optimizer state, 2 and gradients, 3 and weights)."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+
+
+class Every(Strict):
+    """A cadence, in steps, epochs or examples; none: only at the end."""
+
+    every_steps: Positive | None = None
+    every_epochs: Amount | None = None
+    every_examples: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> Self:
+        given = [f for f in ("every_steps", "every_epochs", "every_examples") if getattr(self, f) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give at most one of every_steps, every_epochs and every_examples, got {', '.join(given)}")
+        return self
+
+
+class Checkpoint(Every):
+    """Checkpoints are taken at this cadence and always at the end. `keep_best` keeps those with the best `metric`."""
+
+    keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
+    keep_best: Annotated[int, Field(ge=0, le=1000)] = 1
+    metric: Literal["eval/top1", "eval/top5", "eval/loss"] = "eval/top1"
+
+
+class Eval(Every):
+    """Evaluation on the held-out or eval split at this cadence, and at the end unless `at_end` is false."""
+
+    at_end: bool = True
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(256, description="Images per rank and forward pass.")
+    few_shot: tuple[()] = Field((), description="Not available yet.")
+
+
+__all__ = ["Checkpoint", "Eval", "Every", "Fraction", "Optim", "Schedule", "Train", "Zero"]

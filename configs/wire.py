@@ -1,0 +1,288 @@
+"""What processes say to one another: attempt and exit files, reports, manifests, log lines, data set indexes.
+
+Every file carries `schema_version`. Readers ignore unknown keys; writers write exactly these.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, Field
+
+from configs.base import Stored
+from configs.model import VitConfig
+from configs.reasons import ExitReason
+from configs.states import Desired
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+class SplitInfo(Stored):
+    name: str
+    num_examples: int
+
+
+class DatasetCard(Stored):
+    """What submission needs to know of a data set: counts, classes, fingerprint."""
+
+    name: str
+    type: Literal["torchvision", "folder", "synthetic"]
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    splits: tuple[SplitInfo, ...]
+    fingerprint: str
+    index_key: str | None = None
+    path: str | None = None
+    """Of a folder: relative to the data root."""
+    note: str | None = None
+
+    def num_examples(self, split: str) -> int:
+        """Raises KeyError if there is no such split."""
+        for info in self.splits:
+            if info.name == split:
+                return info.num_examples
+        raise KeyError(split)
+
+
+class IndexSplit(Stored):
+    name: str
+    paths: tuple[str, ...]
+    """Relative to <data root>/<path>/<split>; sorted."""
+    labels: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class DatasetIndex(Stored):
+    """Every file of a registered image folder, made once; sample numbers are positions in it."""
+
+    schema_version: int = 1
+    name: str
+    path: str
+    class_names: tuple[str, ...]
+    splits: tuple[IndexSplit, ...]
+    fingerprint: str
+
+
+# -- attempts ----------------------------------------------------------------------------------------------------------
+class ParentCut(Stored):
+    """The lineage rule: checkpoints of `attempt` count up to `step` and no further."""
+
+    attempt: int
+    step: int
+
+
+class CheckpointSource(Stored):
+    """A checkpoint another job (or this one) left: where it lies and what it is."""
+
+    checkpoint_id: str
+    prefix: str
+
+
+class AttemptFile(Stored):
+    """Everything an attempt is given, frozen: `attempts/0003.json`."""
+
+    schema_version: int = 1
+    job_id: str
+    attempt_id: str
+    number: int
+    spec: dict[str, Any]
+    """The resolved spec, as stored with the job."""
+    spec_hash: str
+    training_fingerprint: str
+    world_size: int
+    dataset: DatasetCard | None = None
+    parents: tuple[ParentCut, ...] = ()
+    """Cuts of all earlier attempts of this job."""
+    resume_from: CheckpointSource | None = None
+    """Continue exactly here: weights, optimizer, step."""
+    init_from: CheckpointSource | None = None
+    """Start from these weights only (fine-tune, evaluate, export)."""
+    created_at: AwareDatetime
+
+
+class RankFailure(Stored):
+    rank: int
+    node: str = ""
+    error_type: str = ""
+    message: str = ""
+    last_lines: tuple[str, ...] = ()
+
+
+class ExitFile(Stored):
+    """How an attempt ended, in its driver's words: `attempts/0003/exit.json`."""
+
+    schema_version: int = 1
+    attempt_id: str
+    reason: ExitReason
+    message: str = ""
+    first_failure: RankFailure | None = None
+    last_step: int = 0
+    """The last optimizer step done by all ranks."""
+    checkpoint_step: int | None = None
+    """The last committed checkpoint of this attempt."""
+    ended_at: AwareDatetime
+
+
+# -- reports: rank -> driver -> control plane -----------------------------------------------------------------------------
+Phase = Literal["starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting"]
+
+
+class Heartbeat(Stored):
+    rank: int
+    node: str
+    pid: int
+    phase: Phase
+    step: int
+    at: AwareDatetime
+
+
+class MetricPoint(Stored):
+    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_./-]+$")]
+    step: int
+    value: float | None
+    """null: not finite."""
+    at: AwareDatetime
+
+
+class WorkerEvent(Stored):
+    """A fact worth telling a user: checkpoint committed, corrupt image replaced, step skipped."""
+
+    type: Annotated[str, Field(max_length=64)]
+    message: str
+    at: AwareDatetime
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class ReportBatch(Stored):
+    """What the driver tells the control plane. `seq` counts from 1 per attempt; a repeated batch changes nothing."""
+
+    seq: int
+    total_steps: int | None = None
+    heartbeats: tuple[Heartbeat, ...] = ()
+    metrics: tuple[MetricPoint, ...] = Field((), max_length=20_000)
+    events: tuple[WorkerEvent, ...] = Field((), max_length=1_000)
+    checkpoints: tuple[str, ...] = ()
+    """Ids of checkpoints whose manifest now exists."""
+    finished: bool = False
+
+
+class ReportReply(Stored):
+    desired: Desired
+    acknowledged_seq: int
+
+
+class ClaimRequest(Stored):
+    nonce: str
+    """Chosen by the driver: the same nonce may claim again (a reply was lost), another one gets 409."""
+    node: str
+    pid: int
+    cluster_id: str = ""
+
+
+class ClaimReply(Stored):
+    attempt_id: str
+    desired: Desired
+
+
+class LogLine(Stored):
+    """One line of a log chunk."""
+
+    t: AwareDatetime
+    stream: str
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    msg: str
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------------
+BLOCK_BYTES = 8 * 1024 * 1024
+
+
+class TensorSlice(Stored):
+    """A 1-D run of a flattened fp32 tensor, stored under `key` in a shard file."""
+
+    key: str
+    name: str
+    kind: str
+    """weight, or an optimizer moment: exp_avg, exp_avg_sq, momentum_buffer."""
+    start: int
+    numel: int
+
+
+class ShardFile(Stored):
+    name: str
+    """Relative to the checkpoint's prefix."""
+    rank: int
+    role: Literal["weights", "optimizer"]
+    num_bytes: int
+    crc32c: tuple[int, ...]
+    """Of each block of BLOCK_BYTES."""
+    slices: tuple[TensorSlice, ...]
+
+
+class Preprocess(Stored):
+    """How images must be prepared for these weights."""
+
+    image_size: tuple[int, int]
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    crop: Literal["resize", "center"] = "resize"
+    class_names: tuple[str, ...] | None = None
+
+
+class Manifest(Stored):
+    """The commit record of a checkpoint: written last, never overwritten."""
+
+    schema_version: int = 1
+    checkpoint_id: str
+    job_id: str
+    attempt: int
+    step: int
+    position: int
+    """Training examples consumed."""
+    total_steps: int
+    world_size: int
+    zero_stage: int
+    optimizer: str
+    optimizer_step: int
+    """Updates applied (skipped steps are not)."""
+    skipped_steps: int = 0
+    spec_hash: str
+    training_fingerprint: str
+    data_fingerprint: str
+    versions: dict[str, str]
+    metrics: dict[str, float]
+    parent: ParentCut | None = None
+    model: VitConfig
+    preprocess: Preprocess
+    tensors: dict[str, tuple[int, ...]]
+    """Full shape of each weight."""
+    files: tuple[ShardFile, ...]
+    nonce: str
+    created_at: datetime
+
+
+class EvaluationReport(Stored):
+    """What an evaluate job found: `report.json`."""
+
+    schema_version: int = 1
+    job_id: str
+    checkpoint_id: str
+    dataset: str
+    split: str
+    num_examples: int
+    metrics: dict[str, float]
+    created_at: AwareDatetime
+
+
+class ModelFile(Stored):
+    """`config.json` beside fetched or exported weights: all that `vit.load` needs."""
+
+    schema_version: int = 1
+    model: VitConfig
+    preprocess: Preprocess
+    checkpoint_id: str | None = None
+    job_id: str | None = None
+    step: int | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)

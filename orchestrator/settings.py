@@ -1,0 +1,53 @@
+"""Settings of the control plane: environment variables `PATCHWORK_…`, or a file named by PATCHWORK_SETTINGS_FILE."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Everything the API and the controller need. `patchwork up` writes it as a 0600 file for its children."""
+
+    model_config = SettingsConfigDict(env_prefix="PATCHWORK_", extra="ignore", frozen=True)
+
+    database_url: str = Field("sqlite:///patchwork.db", description="sqlite:///path or postgresql+psycopg://…")
+    s3_endpoint: str | None = Field(None, description="URL of an S3-compatible service; left out: AWS.")
+    s3_region: str = "us-east-1"
+    s3_bucket: str = "patchwork"
+    s3_prefix: str = Field("", description="Put before every key; empty or ending in /.")
+    s3_access_key: SecretStr = SecretStr("")
+    s3_secret_key: SecretStr = SecretStr("")
+    s3_public: bool = Field(False, description="Clients reach the store: hand out presigned URLs instead of streaming.")
+    ray_address: str = Field("http://127.0.0.1:8265", description="Ray's dashboard (Jobs and State API).")
+    ray_token: SecretStr = SecretStr("")
+    entrypoint: str = Field("python -m workers.driver", description="Constant command of every Ray job.")
+    reap_entrypoint: str = "python -m workers.reap"
+    worker_secret: SecretStr = Field(SecretStr(""), description="Drivers prove with it that they belong to us.")
+    data_root: Path | None = Field(None, description="Where image folders lie, as the workers see it.")
+    host: str = "127.0.0.1"
+    port: int = 8400
+    lease_s: float = 15.0
+    poll_s: float = Field(1.0, description="Seconds between looks at a live attempt.")
+    start_timeout_s: float = 180.0
+    hang_timeout_s: float = Field(100.0, description="No progress of an attempt for so long: WORKER_HUNG.")
+    report_timeout_s: float = Field(60.0, description="No report for so long: the attempt is looked at as unreachable.")
+    stop_grace_s: float = Field(60.0, description="From a stop order to SIGKILL.")
+    backoff_initial_s: float = 2.0
+    backoff_max_s: float = 360.0
+
+
+def load_settings() -> Settings:
+    """Settings from the file named by PATCHWORK_SETTINGS_FILE (JSON), overridden by environment variables."""
+    values: dict[str, Any] = {}
+    path = os.environ.get("PATCHWORK_SETTINGS_FILE")
+    if path:
+        values = json.loads(Path(path).read_text())
+        names = {name.lower() for name in os.environ}
+        values = {k: v for k, v in values.items() if f"patchwork_{k}" not in names}
+    return Settings(**values)

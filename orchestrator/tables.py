@@ -1,0 +1,252 @@
+"""The database: jobs, attempts, events, metrics, checkpoints, data sets, tokens. Truth lives here.
+
+The jobs table is the queue. A lease (token, owner, expiry) lets one reconciler at a time act for a job; every write it
+makes is guarded by the token. Times are aware UTC; JSON columns hold what pydantic models dumped.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time on every database (SQLite stores naive ones)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a naive time reached the database")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# SQLite gives autoincrement ids only to INTEGER primary keys.
+BigId = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012
+
+
+class JobRow(Base):
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(128))
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    labels: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    submitted: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """What the user sent."""
+    spec_json: Mapped[bytes] = mapped_column(LargeBinary)
+    """The resolved spec's canonical JSON; its hash is `spec_hash` and is never recomputed."""
+    spec_hash: Mapped[str] = mapped_column(String(80))
+    training_fingerprint: Mapped[str] = mapped_column(String(80))
+    dataset: Mapped[dict[str, Any] | None] = mapped_column(JSON, nullable=True)
+    """The DatasetCard the spec was resolved against."""
+    init_from: Mapped[str | None] = mapped_column(String(120), nullable=True)
+    """Checkpoint id, or job_…/best until it is resolved at the first launch."""
+    retry_of: Mapped[str | None] = mapped_column(String(40), nullable=True)
+    resume_from: Mapped[str | None] = mapped_column(String(120), nullable=True)
+    """Checkpoint id that the first attempt continues from (retry of another job)."""
+    plan: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    priority: Mapped[int] = mapped_column(Integer)
+    total_steps: Mapped[int | None] = mapped_column(BigInteger, nullable=True)
+
+    desired: Mapped[str] = mapped_column(String(16), default="run")
+    state: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(String(40), nullable=True)
+    """A QueueReason while it waits, an ExitReason when it ended."""
+    message: Mapped[str] = mapped_column(Text, default="")
+    state_since: Mapped[datetime]
+    version: Mapped[int] = mapped_column(Integer, default=1)
+    """Grows with every change; the ETag."""
+    created_by: Mapped[str] = mapped_column(String(64), default="")
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    ended_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    not_before: Mapped[datetime | None] = mapped_column(nullable=True)
+    """Back-off: no new attempt before this time."""
+    start_workers: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    """The scheduler's go-ahead: start with so many workers."""
+
+    step: Mapped[int] = mapped_column(BigInteger, default=0)
+    num_attempts: Mapped[int] = mapped_column(Integer, default=0)
+    user_failures: Mapped[int] = mapped_column(Integer, default=0)
+    infra_failures: Mapped[int] = mapped_column(Integer, default=0)
+    gpu_seconds: Mapped[float] = mapped_column(Float, default=0.0)
+    """Wall seconds x devices (workers where there is no GPU)."""
+    wasted_gpu_s: Mapped[float] = mapped_column(Float, default=0.0)
+    wasted_steps: Mapped[int] = mapped_column(BigInteger, default=0)
+    overhead_s: Mapped[float] = mapped_column(Float, default=0.0)
+    last_metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+
+    lease_token: Mapped[str | None] = mapped_column(String(40), nullable=True)
+    lease_owner: Mapped[str | None] = mapped_column(String(80), nullable=True)
+    lease_expires_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    next_look_at: Mapped[datetime | None] = mapped_column(nullable=True)
+
+    __table_args__ = (
+        Index("ix_jobs_state_priority", "state", "priority", "created_at"),
+        Index("ix_jobs_created", "created_at", "id"),
+    )
+
+
+class AttemptRow(Base):
+    __tablename__ = "attempts"
+
+    id: Mapped[str] = mapped_column(String(48), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    number: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str] = mapped_column(String(16))
+    world_size: Mapped[int] = mapped_column(Integer)
+    cluster_id: Mapped[str] = mapped_column(String(80), default="")
+    """Ray's session name at submission: another one means this attempt is gone."""
+    nodes: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    from_checkpoint: Mapped[str | None] = mapped_column(String(120), nullable=True)
+    from_step: Mapped[int] = mapped_column(BigInteger, default=0)
+    to_step: Mapped[int] = mapped_column(BigInteger, default=0)
+    """The last step any rank reported."""
+    phase: Mapped[str] = mapped_column(String(16), default="starting")
+    ranks: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    """rank -> last Heartbeat."""
+    exit_reason: Mapped[str | None] = mapped_column(String(40), nullable=True)
+    exit: Mapped[dict[str, Any] | None] = mapped_column(JSON, nullable=True)
+    """The ExitFile, or what the reconciler concluded without one."""
+    claim_nonce: Mapped[str | None] = mapped_column(String(64), nullable=True)
+    report_seq: Mapped[int] = mapped_column(BigInteger, default=0)
+    submitted_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    created_at: Mapped[datetime]
+    first_step_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    last_report_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    last_progress_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    stop_requested_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    ended_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    wasted_steps: Mapped[int] = mapped_column(BigInteger, default=0)
+
+    __table_args__ = (UniqueConstraint("job_id", "number"),)
+
+
+class EventRow(Base):
+    """What happened, past tense, with who did it. `seq` is the resumable id of event streams."""
+
+    __tablename__ = "events"
+
+    seq: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), nullable=True, index=True)
+    attempt: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    type: Mapped[str] = mapped_column(String(64))
+    message: Mapped[str] = mapped_column(Text, default="")
+    actor: Mapped[str] = mapped_column(String(64), default="")
+    data: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    at: Mapped[datetime]
+
+
+class MetricRow(Base):
+    """One point. Replays after a resume overwrite nothing: readers cut an attempt's points at its successor's start."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True)
+    value: Mapped[float | None] = mapped_column(Float, nullable=True)
+    at: Mapped[datetime]
+
+
+class CheckpointRow(Base):
+    """The registry: a cache of the manifests in the object store, rebuildable from them alone."""
+
+    __tablename__ = "checkpoints"
+
+    id: Mapped[str] = mapped_column(String(120), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    attempt: Mapped[int] = mapped_column(Integer)
+    step: Mapped[int] = mapped_column(BigInteger)
+    prefix: Mapped[str] = mapped_column(String(300))
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    model: Mapped[dict[str, Any]] = mapped_column(JSON)
+    preprocess: Mapped[dict[str, Any]] = mapped_column(JSON)
+    valid: Mapped[bool] = mapped_column(Boolean, default=True)
+    """False once the lineage rule ignores it or verification failed."""
+    pinned: Mapped[bool] = mapped_column(Boolean, default=False)
+    deleted_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    created_at: Mapped[datetime]
+
+
+class DatasetRow(Base):
+    __tablename__ = "datasets"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    card: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_by: Mapped[str] = mapped_column(String(64), default="")
+    created_at: Mapped[datetime]
+
+
+class TokenRow(Base):
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    role: Mapped[str] = mapped_column(String(16))
+    """viewer | member | admin"""
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    created_by: Mapped[str] = mapped_column(String(64), default="")
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    revoked_at: Mapped[datetime | None] = mapped_column(nullable=True)
+
+
+class IdempotencyRow(Base):
+    __tablename__ = "idempotency_keys"
+
+    actor: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int] = mapped_column(Integer)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime]
+
+
+class ClusterRow(Base):
+    """What the controller last saw of the Ray cluster, for the API to show. One row, id 1."""
+
+    __tablename__ = "cluster"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    cluster_id: Mapped[str] = mapped_column(String(80), default="")
+    reachable: Mapped[bool] = mapped_column(Boolean, default=False)
+    nodes: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    message: Mapped[str] = mapped_column(Text, default="")
+    seen_at: Mapped[datetime]
+    controller_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    """The controller's last loop: readiness looks at it."""

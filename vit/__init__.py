@@ -1,0 +1,1 @@
+"""The science of Patchwork: models, losses, optimizer groups, schedules and weight formats. PyTorch only."""

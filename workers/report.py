@@ -1,0 +1,32 @@
+"""The seam between the training loop and whoever listens: heartbeats, metrics, events up; orders down."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from configs.states import Desired
+from configs.wire import Phase
+
+
+class Reporter(Protocol):
+    """What a rank may tell its driver. No call blocks on the network or raises: a background thread sends."""
+
+    def heartbeat(self, phase: Phase, step: int) -> None:
+        """Note where this rank is; sent with the next push."""
+        ...
+
+    def metric(self, name: str, step: int, value: float) -> None:
+        """Record one point. Non-finite values are sent as null."""
+        ...
+
+    def event(self, type_: str, message: str, data: dict[str, Any] | None = None) -> None:
+        """Record a fact worth telling the user."""
+        ...
+
+    def checkpoint(self, checkpoint_id: str) -> None:
+        """A manifest now exists."""
+        ...
+
+    def desired(self) -> Desired:
+        """The control plane's latest order, as far as this rank knows."""
+        ...
