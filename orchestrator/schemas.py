@@ -1,0 +1,364 @@
+"""What the API says and takes: the public models. The client parses the same ones, so this file imports pydantic and
+`configs` only.
+
+Words that may grow (states, reasons, event types) are plain strings here: an older client reads a newer server.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
+
+from configs.base import Label, Slug, Stored, Strict
+from configs.model import VitConfig
+from configs.states import JobState
+from configs.wire import DatasetCard, LogLine, Preprocess, RankFailure
+
+Role = Literal["viewer", "member", "admin"]
+TERMINAL_STATES = frozenset(state.value for state in JobState if state.is_terminal)
+
+
+# -- errors ----------------------------------------------------------------------
+class ProblemError(Stored):
+    """One thing wrong with the request."""
+
+    pointer: str = Field(description="JSON pointer (RFC 6901) into the job description, or into the body.")
+    message: str
+    value: Any = Field(None, description="What was given there.")
+    allowed: str | None = Field(None, description="What may stand there.")
+
+
+class Problem(Stored):
+    """Every error of the API (RFC 9457), as application/problem+json."""
+
+    # A problem may carry members of its own, such as the job's state for a 409.
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    instance: str = ""
+    code: str = Field(description="A stable word for programs, such as spec_invalid.")
+    errors: tuple[ProblemError, ...] = ()
+    hint: str | None = Field(None, description="What to do next, in one sentence.")
+
+
+# -- jobs ----------------------------------------------------------------------
+class JobCreate(Strict):
+    """A job description, and dotted keys that override it."""
+
+    spec: dict[str, Any] = Field(description="The job description (docs/jobs.md); may name a preset.")
+    overrides: dict[str, Any] = Field(default_factory=dict, description='Dotted keys, such as {"optim.lr": 3e-4}.')
+
+
+class PlanCreate(JobCreate):
+    """A job description to plan, and the hardware to plan it for."""
+
+    gpu: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="Accelerator and count, such as H100:8; left out: as the job asks.", examples=["H100:8"]
+    )
+
+
+class Progress(Stored):
+    step: int
+    total_steps: int | None
+    pct: float | None = Field(description="0 to 100; null where the job has no steps.")
+    eta_s: float | None = Field(description="Seconds left at the running attempt's pace; null while unknown.")
+
+
+class QueuePublic(Stored):
+    """Where a waiting job stands, and why it waits."""
+
+    position: int = Field(description="1: the next to start.")
+    reason: str | None
+    message: str
+    eta_s: float | None = Field(None, description="Seconds until it starts; null while unknown.")
+
+
+class Usage(Stored):
+    gpu_seconds: float = Field(description="Wall seconds x devices (workers where there is no GPU).")
+    wasted_gpu_s: float = Field(description="gpu_seconds of steps that were done again after a restart.")
+    wasted_steps: int
+    overhead_s: float = Field(description="Wall seconds of restarts.")
+
+
+class RankPublic(Stored):
+    """A rank's last heartbeat."""
+
+    rank: int
+    node: str
+    pid: int
+    phase: str
+    step: int
+    at: AwareDatetime
+
+
+class AttemptPublic(Stored):
+    """One run of a job on one set of workers."""
+
+    id: str
+    number: int
+    state: str = Field(description="STARTING, RUNNING or ENDED.")
+    world_size: int
+    nodes: tuple[str, ...]
+    from_checkpoint: str | None = Field(description="The checkpoint it continued from.")
+    from_step: int
+    to_step: int = Field(description="The last step any rank reported.")
+    phase: str
+    ranks: tuple[RankPublic, ...]
+    exit_reason: str | None
+    exit_message: str = ""
+    first_failure: RankFailure | None = None
+    advice: str | None = None
+    wasted_steps: int
+    created_at: AwareDatetime
+    submitted_at: AwareDatetime | None
+    first_step_at: AwareDatetime | None
+    last_report_at: AwareDatetime | None
+    ended_at: AwareDatetime | None
+
+
+class JobPublic(Stored):
+    """A job: what was asked, where it stands, what it cost."""
+
+    id: str
+    kind: str
+    name: str
+    project: str
+    labels: dict[str, str]
+    priority: int
+    state: str = Field(description="QUEUED, PREPARING, RUNNING, RECOVERING, PAUSING, PAUSED, STOPPING, or an end.")
+    desired: str = Field(description="What users and the scheduler want of it: run, pause, stop, yield.")
+    reason: str | None = Field(description="Why it waits, or why it ended.")
+    message: str
+    advice: str | None = Field(None, description="What to do next, once it has ended.")
+    state_since: AwareDatetime
+    allowed_actions: tuple[str, ...]
+    progress: Progress
+    queue: QueuePublic | None = Field(None, description="Only while it waits for its turn.")
+    spec: dict[str, Any] = Field(description="Resolved; never changes.")
+    spec_hash: str
+    training_fingerprint: str
+    preset: str | None
+    submitted: dict[str, Any] = Field(description="What the user sent.")
+    plan: dict[str, Any] = Field(description="The plan made at submission (as of POST /v1/plans).")
+    num_attempts: int
+    attempts: tuple[AttemptPublic, ...]
+    usage: Usage
+    last_metrics: dict[str, float | None]
+    init_from: str | None
+    retry_of: str | None
+    resume_from: str | None = Field(None, description="Checkpoint of another job that it continues.")
+    created_by: str
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None
+    ended_at: AwareDatetime | None
+    etag: str
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL_STATES
+
+
+class JobPage(Stored):
+    items: tuple[JobPublic, ...]
+    next_cursor: str | None = Field(None, description="Give it as ?cursor= for the next page; null: this was the last.")
+
+
+class JobPreview(Stored):
+    """What a submission would store (?dry_run=true)."""
+
+    kind: str
+    name: str
+    project: str
+    spec: dict[str, Any]
+    spec_hash: str
+    plan: dict[str, Any]
+
+
+# -- events, metrics, logs ----------------------------------------------------------------------
+class EventPublic(Stored):
+    """What happened, in the past tense, and who did it."""
+
+    seq: int
+    job_id: str | None
+    attempt: int | None
+    type: str
+    message: str
+    actor: str
+    data: dict[str, Any]
+    at: AwareDatetime
+
+
+class EventPage(Stored):
+    items: tuple[EventPublic, ...]
+    next_after: int = Field(description="Give it as ?after= for the events that follow.")
+
+
+class MetricSeries(Stored):
+    """One metric over the job's steps, as columns. Where several points were joined into one, `values` holds their
+    mean, `lows` and `highs` their range, `steps` the last of their steps; null is a value that was not finite."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+    lows: tuple[float | None, ...]
+    highs: tuple[float | None, ...]
+    attempts: tuple[int, ...]
+    num_points: int = Field(description="Points stored; more than len(steps): they were joined.")
+
+
+class MetricsPublic(Stored):
+    job_id: str
+    names: tuple[str, ...] = Field(description="Every metric this job has.")
+    series: tuple[MetricSeries, ...]
+
+
+class LogPage(Stored):
+    lines: tuple[LogLine, ...] = Field(description="In order of time.")
+    cursor: str = Field(description="Opaque; give it as ?cursor= for the lines that follow.")
+    complete: bool = Field(description="The job has ended and this was everything.")
+
+
+# -- checkpoints, exports, reports ----------------------------------------------------------------------
+class CheckpointPublic(Stored):
+    id: str
+    job_id: str
+    attempt: int
+    step: int
+    num_bytes: int
+    metrics: dict[str, float]
+    model: VitConfig
+    preprocess: Preprocess
+    aliases: tuple[str, ...] = Field(description="best, latest.")
+    available: bool = Field(description="Valid and not deleted.")
+    pinned: bool
+    deleted_at: AwareDatetime | None
+    created_at: AwareDatetime
+
+
+class CheckpointPage(Stored):
+    items: tuple[CheckpointPublic, ...]
+
+
+class FilePublic(Stored):
+    name: str
+    num_bytes: int
+
+
+class ExportPublic(Stored):
+    format: str
+    files: tuple[FilePublic, ...]
+
+
+class ExportPage(Stored):
+    items: tuple[ExportPublic, ...]
+
+
+# -- presets, data sets, cluster ----------------------------------------------------------------------
+class PresetPublic(Stored):
+    name: str
+    kind: str
+    title: str
+    command: str
+    cost: str
+    accuracy: str
+    shown: str = Field(description="Whether a run of ours has shown the accuracy.")
+    spec: dict[str, Any]
+
+
+class PresetPage(Stored):
+    items: tuple[PresetPublic, ...]
+
+
+class DatasetCreate(Strict):
+    """An image folder to register: `<data root>/<path>/<split>/<class>/<image>`."""
+
+    name: Slug
+    path: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(
+        description="Relative to the data root.", examples=["flowers"]
+    )
+
+
+class DatasetPublic(Stored):
+    name: str
+    card: DatasetCard
+    registered: bool = Field(description="A folder that was registered here.")
+    available: bool = Field(description="Jobs can train on it; otherwise it is known for planning only.")
+    created_by: str | None = None
+    created_at: AwareDatetime | None = None
+
+
+class DatasetPage(Stored):
+    items: tuple[DatasetPublic, ...]
+
+
+class NodePublic(Stored):
+    id: str
+    alive: bool
+    cpus: float
+    gpus: float
+    accelerator: str | None = None
+
+
+class ClusterPublic(Stored):
+    """The Ray cluster as the controller last saw it."""
+
+    cluster_id: str
+    reachable: bool
+    message: str
+    nodes: tuple[NodePublic, ...]
+    seen_at: AwareDatetime | None
+    controller_at: AwareDatetime | None = Field(description="The controller's last loop.")
+    jobs: dict[str, int] = Field(description="Number of jobs that have not ended, by state.")
+
+
+# -- tokens, health ----------------------------------------------------------------------
+class TokenCreate(Strict):
+    name: Label
+    role: Role = "member"
+    expires_in_s: Annotated[int, Field(ge=60, le=315_360_000)] | None = Field(None, description="null: never.")
+
+
+class TokenPublic(Stored):
+    id: str
+    name: str
+    role: str
+    created_by: str
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None
+    revoked_at: AwareDatetime | None
+
+
+class TokenCreated(TokenPublic):
+    token: str = Field(description="Shown this once; only its hash is stored.")
+
+
+class TokenPage(Stored):
+    items: tuple[TokenPublic, ...]
+
+
+class Whoami(Stored):
+    name: str
+    role: str
+    token_id: str
+
+
+class Health(Stored):
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class Check(Stored):
+    name: str
+    ok: bool
+    message: str
+    required: bool = Field(description="False: the API works without it, jobs may wait.")
+
+
+class Readiness(Stored):
+    ready: bool
+    checks: tuple[Check, ...]
