@@ -1,1 +1,6 @@
 """The science of Patchwork: models, losses, optimizer groups, schedules and weight formats. PyTorch only."""
+
+from configs.model import VitConfig
+from vit.model import ViT, build
+
+__all__ = ["ViT", "VitConfig", "build"]

@@ -1,0 +1,254 @@
+"""The Vision Transformer of "An Image is Worth 16x16 Words": architecture only.
+
+Numerics follow google-research/vision_transformer `vit_jax/models_vit.py` (pre-LN, LayerNorm eps 1e-6, tanh GELU);
+parameter names follow timm.
+
+    B  batch                     D  embed dim
+    N  tokens, class token       H  heads
+       included                  K  head dim, D / H
+    P  prefix tokens, 1 or 0     C  classes
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.model import Gelu, VitConfig
+from configs.wire import Preprocess
+from vit.init import lecun_normal_, normal_, xavier_uniform_
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Projects each patch, in raster order: (B, channels, height, width) -> (B, rows * columns, D)."""
+
+    def __init__(self, *, patch_size: int, in_channels: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, rows * columns, D)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        lecun_normal_(self.proj.weight, generator)
+        nn.init.zeros_(_bias(self.proj))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D). Dropout after the output projection, none on the weights."""
+
+    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, embed_dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, embed_dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, K)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K), scaled by 1 / sqrt(K)
+        x = x.transpose(1, 2).reshape(batch, tokens, embed_dim)
+        return self.dropout(self.proj(x))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for kernel in self.qkv.weight.chunk(3):
+            xavier_uniform_(kernel, generator)
+        xavier_uniform_(self.proj.weight, generator)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.proj.bias)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with GELU, (B, N, D) -> (B, N, D). Dropout after each."""
+
+    def __init__(self, *, embed_dim: int, mlp_dim: int, dropout: float, gelu: Gelu) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, mlp_dim)
+        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.fc2 = nn.Linear(mlp_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.act(self.fc1(x)))  # (B, N, mlp_dim)
+        return self.dropout(self.fc2(x))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for layer in (self.fc1, self.fc2):
+            xavier_uniform_(layer.weight, generator)
+            normal_(layer.bias, 1e-6, generator)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zeroes a residual branch for whole samples and scales the others by
+    1 / (1 - rate), so that the expectation is unchanged (timm's convention)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)  # (B, 1, 1)
+        return x * (mask / keep)
+
+
+class Block(nn.Module):
+    """z' = MSA(LN(z)) + z; z = MLP(LN(z')) + z' (paper, equations 2 and 3)."""
+
+    def __init__(
+        self, *, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, drop_path: float, gelu: Gelu
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(embed_dim=embed_dim, num_heads=num_heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(embed_dim=embed_dim, mlp_dim=mlp_dim, dropout=dropout, gelu=gelu)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        _init_norm(self.norm1)
+        self.attn.init_weights(generator)
+        _init_norm(self.norm2)
+        self.mlp.init_weights(generator)
+
+
+class ViT(nn.Module):
+    """A Vision Transformer of any size.
+
+    `pool: cls` prepends a class token and reads it; `pool: gap` has none and reads the mean of all tokens after the
+    final norm (google-research/big_vision). `head: mlp` puts a D x D layer with tanh before the classifier.
+    Its weights are torch's defaults until `init_weights`; `build` makes an initialised one.
+
+    Raises:
+        ValueError: embed_dim is not a multiple of num_heads, or image_size not of patch_size.
+    """
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        _check_sizes(config)
+        self.config = config
+        self.preprocess: Preprocess | None = None
+        """How images are prepared for these weights; set by `vit.load`."""
+        self.activation_checkpointing = False
+        self.num_prefix = 1 if config.pool == "cls" else 0
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(patch_size=config.patch_size, in_channels=config.in_channels, embed_dim=dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.pool == "cls" else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim=dim,
+                num_heads=config.num_heads,
+                mlp_dim=config.mlp_dim,
+                dropout=config.dropout,
+                drop_path=rate,
+                gelu=config.gelu,
+            )
+            for rate in drop_path_rates(config.drop_path, config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.pre_logits = nn.Linear(dim, dim) if config.head == "mlp" else None
+        self.head = nn.Linear(dim, config.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (B, C), of normalised float images (B, channels, height, width)."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the final norm, (B, N, D); the class token, if any, is the first.
+
+        Raises:
+            ValueError: the images' channels or size are not those of the configuration.
+        """
+        expected = (self.config.in_channels, *self.config.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images have shape {tuple(images.shape[1:])} each, this model takes {expected}")
+        x = self.patch_embed(images)  # (B, N - P, D)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
+        x = self.dropout(x + self.pos_embed)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                # Dropout must draw the same mask again when the block is recomputed in the backward pass.
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=True)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits, (B, C), of the tokens that `forward_features` gives."""
+        x = features[:, 0] if self.config.pool == "cls" else features.mean(dim=1)  # (B, D)
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))
+        return self.head(x)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (training only)."""
+        self.activation_checkpointing = enabled
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Set every parameter as the official code does; the head is zero, so all logits are."""
+        self.patch_embed.init_weights(generator)
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        normal_(self.pos_embed, 0.02, generator)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.init_weights(generator)
+        _init_norm(self.norm)
+        if self.pre_logits is not None:
+            lecun_normal_(self.pre_logits.weight, generator)
+            nn.init.zeros_(self.pre_logits.bias)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+def build(config: VitConfig, seed: int = 0) -> ViT:
+    """A ViT on the CPU in fp32, initialised as the official code does: a pure function of its arguments, equal on
+    every rank. The global random state is neither read nor changed."""
+    model = empty(config).to_empty(device="cpu")
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def empty(config: VitConfig) -> ViT:
+    """The model without storage (meta device): names, shapes and counts of any size at no cost."""
+    with torch.device("meta"):
+        return ViT(config)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Drop rate of each block: linear from 0 at the first to `rate` at the last."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def _check_sizes(config: VitConfig) -> None:
+    if config.embed_dim % config.num_heads:
+        raise ValueError(f"embed_dim {config.embed_dim} is not a multiple of num_heads {config.num_heads}")
+    for side in config.image_size:
+        if side % config.patch_size:
+            raise ValueError(f"image_size {side} is not a multiple of patch_size {config.patch_size}")
+
+
+def _init_norm(norm: nn.LayerNorm) -> None:
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

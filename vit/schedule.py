@@ -1,0 +1,36 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def learning_rate(
+    step: int,
+    base_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    decay: Literal["linear", "cosine", "constant"],
+) -> float:
+    """The learning rate of update `step`, counted from 0: linear from exactly 0 to `base_lr` over `warmup_steps`,
+    then by `decay` towards 0 at `total_steps`.
+
+    With a warm-up, update 0 has rate 0 and changes no weight; the last update, `total_steps - 1`, is one step short
+    of 0. google-research/big_vision `utils.py`, `create_learning_rate_schedule`, has the same convention.
+
+    Raises:
+        ValueError: a negative step or warm-up, more warm-up than steps, or an unknown decay.
+    """
+    if step < 0 or total_steps < 1 or not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"step {step}, warmup_steps {warmup_steps}, total_steps {total_steps} make no schedule")
+    if step < warmup_steps:
+        return base_lr * step / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    if decay == "constant":
+        return base_lr
+    if decay == "linear":
+        return base_lr * (1.0 - progress)
+    if decay == "cosine":
+        return base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"unknown decay {decay!r}: expected linear, cosine or constant")
