@@ -19,6 +19,7 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
+    MetaData,
     String,
     Text,
     TypeDecorator,
@@ -52,6 +53,15 @@ BigId = BigInteger().with_variant(Integer, "sqlite")
 
 
 class Base(DeclarativeBase):
+    # Named constraints, so that a later revision can change them on every database.
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012
 
 
@@ -148,6 +158,9 @@ class AttemptRow(Base):
     last_report_at: Mapped[datetime | None] = mapped_column(nullable=True)
     last_progress_at: Mapped[datetime | None] = mapped_column(nullable=True)
     stop_requested_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    kill_reason: Mapped[str | None] = mapped_column(String(40), nullable=True)
+    """Why the reconciler ended it by force: the attempt's exit reason if its driver leaves none."""
+    killed_at: Mapped[datetime | None] = mapped_column(nullable=True)
     ended_at: Mapped[datetime | None] = mapped_column(nullable=True)
     wasted_steps: Mapped[int] = mapped_column(BigInteger, default=0)
 
@@ -250,3 +263,14 @@ class ClusterRow(Base):
     seen_at: Mapped[datetime]
     controller_at: Mapped[datetime | None] = mapped_column(nullable=True)
     """The controller's last loop: readiness looks at it."""
+
+
+class LeaseRow(Base):
+    """A lease held by one process at a time, by name. `leader`: the controller that schedules and reconciles."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    token: Mapped[str | None] = mapped_column(String(40), nullable=True)
+    owner: Mapped[str | None] = mapped_column(String(80), nullable=True)
+    expires_at: Mapped[datetime | None] = mapped_column(nullable=True)
