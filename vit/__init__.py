@@ -2,5 +2,6 @@
 
 from configs.model import VitConfig
 from vit.model import ViT, build
+from vit.weights import load, save
 
-__all__ = ["ViT", "VitConfig", "build"]
+__all__ = ["ViT", "VitConfig", "build", "load", "save"]

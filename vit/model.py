@@ -96,8 +96,8 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)  # (B, 1, 1)
-        return x * (mask / keep)
+        mask = torch.empty(x.shape[0], 1, 1, device=x.device).bernoulli_(keep)  # (B, 1, 1)
+        return (x * (mask / keep)).to(x.dtype)  # 1 / keep in fp32: rounded to bf16 it would bias the branch
 
 
 class Block(nn.Module):

@@ -1,0 +1,88 @@
+"""Class probabilities of images, prepared the way the weights expect.
+
+B  batch    C  classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.wire import Preprocess
+from vit.model import ViT
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CENTER_CROP_RATIO = 7 / 8
+"""Side of the central crop over the resized image's shorter side (256 and 224 at the usual size)."""
+
+
+def predict(model: ViT, images: Sequence[Image | Tensor] | Tensor, batch_size: int = 64) -> Tensor:
+    """Softmax probabilities, (B, C) fp32 on the CPU, of PIL images or uint8 tensors (channels, height, width) of any
+    sizes. Uses the model's own preprocessing and runs it in eval mode; the mode it was in is restored.
+
+    Raises:
+        ValueError: the model has no preprocessing (it was not loaded by `vit.load`), or an image is neither.
+    """
+    if model.preprocess is None:
+        raise ValueError("the model does not say how images are prepared: load it with vit.load, or set .preprocess")
+    prepared = [prepare(image, model.preprocess) for image in images]
+    device = model.pos_embed.device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            batches = [
+                model(torch.stack(prepared[start : start + batch_size]).to(device)).float().softmax(dim=1).cpu()
+                for start in range(0, len(prepared), batch_size)
+            ]
+    finally:
+        model.train(was_training)
+    return torch.cat(batches) if batches else torch.empty(0, model.config.num_classes)
+
+
+def prepare(image: Image | Tensor, preprocess: Preprocess) -> Tensor:
+    """One normalised image, (channels, height, width) fp32: resized with antialiasing, rounded to 0..255 as stored
+    images are, then (x / 255 - mean) / std."""
+    pixels = _to_uint8(image, preprocess.in_channels)
+    resized = _resize(pixels, preprocess)
+    mean = torch.tensor(preprocess.mean).reshape(-1, 1, 1)
+    std = torch.tensor(preprocess.std).reshape(-1, 1, 1)
+    return (resized.float() / 255.0 - mean) / std
+
+
+def _to_uint8(image: Image | Tensor, in_channels: int) -> Tensor:
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != in_channels:
+            raise ValueError(
+                f"image is {image.dtype} of shape {tuple(image.shape)}, expected uint8 ({in_channels}, height, width)"
+            )
+        return image
+    if not hasattr(image, "convert"):
+        raise ValueError(f"expected a PIL image or a uint8 tensor, got {type(image).__name__}")
+    array = np.array(image.convert("L" if in_channels == 1 else "RGB"))  # (height, width[, 3])
+    return torch.from_numpy(array).reshape(*array.shape[:2], in_channels).permute(2, 0, 1)
+
+
+def _resize(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    height, width = preprocess.image_size
+    if preprocess.crop == "resize":
+        return _interpolate(pixels, (height, width), preprocess.interpolation)
+    scale = max(height / pixels.shape[1], width / pixels.shape[2]) / CENTER_CROP_RATIO
+    size = (max(round(pixels.shape[1] * scale), height), max(round(pixels.shape[2] * scale), width))
+    resized = _interpolate(pixels, size, preprocess.interpolation)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return resized[:, top : top + height, left : left + width]
+
+
+def _interpolate(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    resized = F.interpolate(pixels[None].float(), size=size, mode=mode, align_corners=False, antialias=True)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)

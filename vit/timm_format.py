@@ -1,0 +1,139 @@
+"""Weights for timm and from timm (`timm.models.vision_transformer.VisionTransformer`).
+
+Our parameter names are timm's, so a model both can express has the same weights; what this file adds is knowing which
+those are. An exported folder opens with `timm.create_model("local-dir:<folder>", pretrained=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.model import VitConfig
+from configs.wire import ModelFile
+from vit.safetensors_file import write_safetensors
+from vit.state import check_weights
+
+_FOREIGN_PARTS = {
+    "fc_norm.": "a norm after pooling (fc_norm)",
+    "norm_pre.": "a norm before the blocks (pre_norm)",
+    "attn_pool.": "attention pooling",
+    "reg_token": "register tokens",
+    "q_norm.": "query-key norm",
+    "k_norm.": "query-key norm",
+    "ls1.": "LayerScale",
+    "ls2.": "LayerScale",
+    "patch_embed.backbone.": "a convolutional backbone",
+    "head_dist.": "a distillation head",
+}
+
+
+def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
+    """timm's state dict of the model made with `timm_arguments(config)`: equal logits.
+
+    Raises:
+        ValueError: the model has an MLP head, which timm has not, or `state` is not a complete set of weights.
+    """
+    _refuse_mlp_head(config)
+    check_weights(state, config)
+    return dict(state)
+
+
+def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
+    """Our state dict of a timm state dict. A class token without a position of its own (`no_embed_class`) gets a zero
+    one, which is the same function.
+
+    Raises:
+        ValueError: timm's model has parts ours has not, or its weights are not those of `config`.
+    """
+    _refuse_mlp_head(config)
+    for name in state:
+        for part, meaning in _FOREIGN_PARTS.items():
+            if name.startswith(part) or f".{part}" in name:
+                raise ValueError(f"timm's model has {meaning} ({name}), which this model has not")
+    ours = dict(state)
+    rows, columns = config.grid
+    positions = ours.get("pos_embed")
+    if config.pool == "cls" and positions is not None and positions.shape[1] == rows * columns:
+        ours["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    check_weights(ours, config)
+    return ours
+
+
+def timm_arguments(config: VitConfig) -> dict[str, Any]:
+    """Keyword arguments of `timm.models.vision_transformer.VisionTransformer` for the same function; all JSON."""
+    is_cls = config.pool == "cls"
+    return {
+        "img_size": list(config.image_size),
+        "patch_size": config.patch_size,
+        "in_chans": config.in_channels,
+        "num_classes": config.num_classes,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": _mlp_ratio(config),
+        "global_pool": "token" if is_cls else "avg",
+        "class_token": is_cls,
+        "fc_norm": False,
+        "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",
+    }
+
+
+def timm_config(model_file: ModelFile) -> dict[str, Any]:
+    """The config.json that timm reads beside the weights."""
+    config, preprocess = model_file.model, model_file.preprocess
+    channels = config.in_channels
+    pretrained = {
+        "input_size": [channels, *config.image_size],
+        "fixed_input_size": True,
+        "interpolation": preprocess.interpolation,
+        "crop_pct": 1.0 if preprocess.crop == "resize" else 0.875,
+        "crop_mode": "squash" if preprocess.crop == "resize" else "center",
+        "mean": list(preprocess.mean) * (channels // len(preprocess.mean)),
+        "std": list(preprocess.std) * (channels // len(preprocess.std)),
+        "num_classes": config.num_classes,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    if preprocess.class_names is not None:
+        pretrained["label_names"] = list(preprocess.class_names)
+    return {
+        "architecture": "vit_base_patch16_224",  # a starting point: model_args sets every size
+        "num_classes": config.num_classes,
+        "num_features": config.embed_dim,
+        "model_args": timm_arguments(config),
+        "pretrained_cfg": pretrained,
+    }
+
+
+def save_timm(state: Mapping[str, Tensor], model_file: ModelFile, folder: Path | str) -> None:
+    """Write `folder`/model.safetensors and, last, `folder`/config.json for timm.
+
+    Raises:
+        ValueError: see `to_timm`.
+    """
+    weights = to_timm(state, model_file.model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(timm_config(model_file), indent=2) + "\n")
+
+
+def _refuse_mlp_head(config: VitConfig) -> None:
+    if config.head == "mlp":
+        raise ValueError(
+            "head: mlp has a hidden layer (pre_logits) before the classifier, which timm's models have not: the "
+            "classifier would give other logits. Fine-tune with head: linear, or use the safetensors format"
+        )
+
+
+def _mlp_ratio(config: VitConfig) -> float:
+    """timm computes int(embed_dim * ratio): where the quotient would round below mlp_dim, aim between two integers."""
+    ratio = config.mlp_dim / config.embed_dim
+    return ratio if int(config.embed_dim * ratio) == config.mlp_dim else (config.mlp_dim + 0.5) / config.embed_dim

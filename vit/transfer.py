@@ -1,0 +1,56 @@
+"""Weights for another task or resolution: fine-tuning drops the head, evaluation keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from configs.model import VitConfig
+from vit.pos_embed import resize_pos_embed
+from vit.state import check_weights
+
+BODY_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "in_channels", "pool", "gelu", "pos_embed")
+"""What source and target must share; image size, classes, head and dropout may differ."""
+HEAD_FIELDS = ("num_classes", "head")
+HEAD_PREFIXES = ("pre_logits.", "head.")
+
+
+def transfer_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+    """Everything but the head, for a model of another resolution and other classes: `pre_logits` and `head` are
+    dropped whole (paper, D.3) and the positions resized by `target.pos_resize`.
+
+    Fine-tuning starts from `vit.build(target).state_dict() | transfer_weights(...)`, whose head is zero.
+
+    Raises:
+        ValueError: `state` is not a complete model of `source`, or the two bodies differ.
+    """
+    _check_same("transfer", BODY_FIELDS, source, target)
+    check_weights(state, source)
+    body = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD_PREFIXES)}
+    return body | {"pos_embed": _resized_positions(state, source, target)}
+
+
+def resize_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+    """The same model, head included, for another image size: only the positions change, by `target.pos_resize`.
+
+    Raises:
+        ValueError: `state` is not a complete model of `source`, or more than the image size differs.
+    """
+    _check_same("resize", BODY_FIELDS + HEAD_FIELDS, source, target)
+    check_weights(state, source)
+    return dict(state) | {"pos_embed": _resized_positions(state, source, target)}
+
+
+def _resized_positions(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> Tensor:
+    num_prefix = 1 if source.pool == "cls" else 0
+    return resize_pos_embed(state["pos_embed"], source.grid, target.grid, num_prefix, target.pos_resize)
+
+
+def _check_same(action: str, fields: tuple[str, ...], source: VitConfig, target: VitConfig) -> None:
+    for field in fields:
+        have, want = getattr(source, field), getattr(target, field)
+        if have != want:
+            raise ValueError(
+                f"cannot {action} weights: {field} is {have!r} in the checkpoint and {want!r} in the model"
+            )
