@@ -1,0 +1,132 @@
+"""The training engine: what the loop asks for, and DeepSpeed behind it.
+
+Non-finite gradients: no engine ever applies one. ZeRO stages 1 to 3 check the global gradient norm themselves and skip
+the step; at stage 0 DeepSpeed would write NaN into every weight, so the same check is made here. Either way it is the
+only time per step that the host waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from configs.spec import TrainingJob
+from vit.optim import build_optimizer
+from workers.deepspeed_config import deepspeed_config
+from workers.distributed import Ranks
+from workers.owned import create_moments
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    applied: bool
+    """False: the gradient was not finite and nothing changed."""
+    grad_norm: float
+    """Of the global batch's mean gradient, before clipping; infinite if not applied."""
+
+
+class Engine(Protocol):
+    """All ranks call each method the same number of times in the same order."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of normalised images (B, channels, H, W), in the job's precision."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss, divided by the number of micro-batches per step."""
+        ...
+
+    def step(self, lr: float) -> Update:
+        """Reduce over ranks, clip and update with this learning rate, once per global batch."""
+        ...
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts: no gradients, no dropout."""
+        ...
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO 0 to 3. `deepspeed` is DeepSpeed's own engine, which only checkpoints look into."""
+
+    def __init__(self, deepspeed: Any, zero_stage: int, clip_grad_norm: float | None) -> None:
+        self.deepspeed = deepspeed
+        self.zero_stage = zero_stage
+        self._clip_grad_norm = clip_grad_norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.deepspeed(images)
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss)
+
+    def step(self, lr: float) -> Update:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if self.zero_stage == 0:
+            return self._step_replicated()
+        self.deepspeed.step()
+        applied = bool(self.deepspeed.was_step_applied())
+        return Update(applied, float(self.deepspeed.get_global_grad_norm()) if applied else float("inf"))
+
+    def _step_replicated(self) -> Update:
+        parameters = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            raise AssertionError("step() is called once per global batch")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = float(norm)
+        applied = grad_norm < float("inf")  # false for NaN too
+        if not applied:
+            # An optimizer passes over parameters without a gradient: no update, no decay, no step counted.
+            self.deepspeed.zero_grad()
+        elif self._clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_grad_norm, norm)
+        self.deepspeed.step()
+        return Update(applied, grad_norm if applied else float("inf"))
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.deepspeed.train()
+
+
+def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_size: int) -> DeepSpeedEngine:
+    """Put the model and its optimizer under DeepSpeed. The model comes initialised, in fp32 and equal on all ranks."""
+    deepspeed = _import_deepspeed()
+    optimizer = build_optimizer(model, spec.optim)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(
+            zero_stage=spec.zero.stage,
+            precision=spec.train.precision,
+            clip_grad_norm=spec.optim.clip_grad_norm,
+            global_batch_size=spec.train.global_batch_size,
+            micro_batch_size=micro_batch_size,
+            world_size=ranks.world_size,
+        ),
+    )
+    built = DeepSpeedEngine(engine, spec.zero.stage, spec.optim.clip_grad_norm)
+    create_moments(built)
+    return built
+
+
+def _import_deepspeed() -> Any:
+    # Imported here: the import takes seconds and reads the environment that init_ranks sets.
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+
+    # The shared-memory op of gloo groups needs a compiler and leaves 140 MB behind in /dev/shm when killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,149 @@
+"""Which part of the training state this rank owns: the one place that knows how DeepSpeed lays it out.
+
+    stage 0     everything is replicated; rank r owns the r-th part of each tensor
+    stages 1-2  each parameter group is one flat fp32 tensor cut into world_size partitions; a parameter's fragment of
+                this rank's partition is at `p._hp_mapping`
+    stage 3     each parameter is cut into world_size partitions of `partition_numel()`, the last one padded; this rank's
+                lies at `grad_position` of `fp32_partitioned_groups_flat`
+
+Optimizer moments have the layout of the flat fp32 tensors they belong to. Written against DeepSpeed 0.19.8, which is
+pinned exactly; tests/workers/test_checkpoint.py moves a state between stages and world sizes and compares bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+
+class HasDeepSpeed(Protocol):
+    """An engine whose insides may be looked at."""
+
+    @property
+    def deepspeed(self) -> Any: ...
+
+    @property
+    def zero_stage(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Elements [start, start + numel) of the flattened parameter `name` live at flat[offset : offset + numel]."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    """fp32; also the key of its moments in the optimizer's state."""
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This run of `flat`, or of a moment, which has flat's layout: a 1-D view."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
+
+
+def owned(engine: HasDeepSpeed) -> Iterator[Owned]:
+    """Every run of weights that this rank owns; the ranks together own each element once. Saving and loading both
+    follow it."""
+    deepspeed = engine.deepspeed
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for name, p in deepspeed.module.named_parameters():
+        if engine.zero_stage == 0:
+            start, end = p.numel() * rank // world_size, p.numel() * (rank + 1) // world_size
+            run = Owned(name, start, end - start, p, start)
+        elif engine.zero_stage == 3:
+            group, offset, _ = p._z3_optimizer.grad_position[p._z3_optimizer.get_param_id(p)]
+            start = min(rank * p.partition_numel(), p.ds_numel)
+            end = min(start + p.partition_numel(), p.ds_numel)
+            run = Owned(name, start, end - start, p._z3_optimizer.fp32_partitioned_groups_flat[group], offset)
+        else:
+            fragment = p._hp_mapping
+            if fragment is None:
+                continue
+            flat = deepspeed.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+            here, there = fragment.lp_fragment_address, fragment.hp_fragment_address
+            run = Owned(name, here.start, here.numel, flat, there.start)
+        if run.numel:
+            yield run
+
+
+def shapes(engine: HasDeepSpeed) -> dict[str, tuple[int, ...]]:
+    """The full shape of each weight, partitioned or not."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.deepspeed.module.named_parameters()}
+
+
+def moment_names(engine: HasDeepSpeed) -> tuple[str, ...]:
+    """What the optimizer keeps for each weight."""
+    optimizer = _torch_optimizer(engine)
+    if isinstance(optimizer, AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    assert isinstance(optimizer, SGD), type(optimizer)
+    return ("momentum_buffer",) if any(group["momentum"] for group in optimizer.param_groups) else ()
+
+
+def moment(engine: HasDeepSpeed, flat: Tensor, name: str) -> Tensor:
+    """A moment of a flat tensor, of its shape."""
+    return _torch_optimizer(engine).state[flat][name]
+
+
+def create_moments(engine: HasDeepSpeed) -> None:
+    """Create the optimizer's moments as zeros, as its first step would: then a state of any age can be saved, and a
+    loaded one has somewhere to go. (A zero momentum buffer gives SGD's first step: momentum * 0 + gradient.)"""
+    optimizer = _torch_optimizer(engine)
+    for flat in _flats(engine):
+        state: dict[str, Tensor] = {name: torch.zeros_like(flat, requires_grad=False) for name in moment_names(engine)}
+        if isinstance(optimizer, AdamW):
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        optimizer.state[flat] = state
+
+
+def begin_load(engine: HasDeepSpeed) -> None:
+    """Call before filling what `owned` yields."""
+    if engine.zero_stage == 0:
+        # Each rank fills its part only; finish_load adds the parts up, bit by bit.
+        for flat in _flats(engine):
+            flat.detach().zero_()
+
+
+def finish_load(engine: HasDeepSpeed, optimizer_step: int) -> None:
+    """Call after filling what `owned` yields: brings the model's weights in line, on all ranks (collective).
+
+    `optimizer_step` is the number of updates that the moments have seen.
+    """
+    optimizer = _torch_optimizer(engine)
+    for flat in _flats(engine):
+        if "step" in optimizer.state[flat]:
+            optimizer.state[flat]["step"].fill_(float(optimizer_step))
+    zero = engine.deepspeed.optimizer
+    if engine.zero_stage == 0:
+        for flat in _flats(engine):
+            for tensor in (flat.detach(), *(moment(engine, flat, name) for name in moment_names(engine))):
+                # All others hold zero bits there: an integer sum keeps every bit, also of -0.0 and NaN.
+                dist.all_reduce(tensor.view(-1).view(torch.int32))
+    elif engine.zero_stage == 3:
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(index)
+    else:
+        zero.update_lp_params()
+
+
+def _torch_optimizer(engine: HasDeepSpeed) -> Optimizer:
+    optimizer = engine.deepspeed.optimizer
+    return optimizer if engine.zero_stage == 0 else optimizer.optimizer
+
+
+def _flats(engine: HasDeepSpeed) -> list[Tensor]:
+    """The tensors that the optimizer updates on this rank."""
+    deepspeed = engine.deepspeed
+    if engine.zero_stage == 0:
+        return [p for p in deepspeed.module.parameters() if p.requires_grad]
+    if engine.zero_stage == 3:
+        return list(deepspeed.optimizer.fp32_partitioned_groups_flat)
+    return list(deepspeed.optimizer.single_partition_of_fp32_groups)
