@@ -1,0 +1,39 @@
+"""Free loopback ports."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+# Below the range the kernel hands to outgoing connections, so that none of those takes a port between choice and use.
+_LOW, _HIGH = 15000, 32000
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` different TCP ports nobody listens on at 127.0.0.1. Another process may still take one before its use.
+
+    Raises:
+        RuntimeError: none found in a thousand tries.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(_LOW, _HIGH), 1000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"no {count} free ports between {_LOW} and {_HIGH}")
+
+
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server may listen on `port` now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
