@@ -248,6 +248,8 @@ class Manifest(Stored):
     optimizer_step: int
     """Updates applied (skipped steps are not)."""
     skipped_steps: int = 0
+    nonfinite_steps: int = 0
+    """Consecutive skipped steps that end at this one."""
     spec_hash: str
     training_fingerprint: str
     data_fingerprint: str

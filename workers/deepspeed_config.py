@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 BUCKET_ELEMENTS = 50_000_000
-"""Gradients and weights travel in buckets of this many numbers (200 MB of fp32); DeepSpeed's default takes 2 GB each."""
+"""Gradients and weights travel in buckets of this many numbers (200 MB of fp32; DeepSpeed's default: 2 GB)."""
 
 
 def deepspeed_config(

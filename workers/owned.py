@@ -3,8 +3,8 @@
     stage 0     everything is replicated; rank r owns the r-th part of each tensor
     stages 1-2  each parameter group is one flat fp32 tensor cut into world_size partitions; a parameter's fragment of
                 this rank's partition is at `p._hp_mapping`
-    stage 3     each parameter is cut into world_size partitions of `partition_numel()`, the last one padded; this rank's
-                lies at `grad_position` of `fp32_partitioned_groups_flat`
+    stage 3     each parameter is cut into world_size partitions of `partition_numel()`, the last one padded; this
+                rank's lies at `grad_position` of `fp32_partitioned_groups_flat`
 
 Optimizer moments have the layout of the flat fp32 tensors they belong to. Written against DeepSpeed 0.19.8, which is
 pinned exactly; tests/workers/test_checkpoint.py moves a state between stages and world sizes and compares bits.
@@ -109,6 +109,8 @@ def begin_load(engine: HasDeepSpeed) -> None:
         # Each rank fills its part only; finish_load adds the parts up, bit by bit.
         for flat in _flats(engine):
             flat.detach().zero_()
+            for name in moment_names(engine):
+                moment(engine, flat, name).zero_()
 
 
 def finish_load(engine: HasDeepSpeed, optimizer_step: int) -> None:

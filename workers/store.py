@@ -1,9 +1,9 @@
 """The workers' side of the object store: one small Protocol, and S3 behind it.
 
-    StoreError
-    ├── NotFound        no such object
-    ├── AlreadyExists   a conditional write lost: the object is there
-    └── StorageError    anything else, after the client's own retries; the key and the service's answer are named
+StoreError
+├── NotFound        no such object
+├── AlreadyExists   a conditional write lost: the object is there
+└── StorageError    anything else, after the client's own retries; the key and the service's answer are named
 """
 
 from __future__ import annotations
@@ -112,7 +112,14 @@ class S3Store:
     """Any S3 service. Connections time out (5 s to connect, 30 s to read) and are retried by the client."""
 
     def __init__(
-        self, *, endpoint: str | None, region: str, bucket: str, prefix: str, access_key: str | None, secret_key: str | None
+        self,
+        *,
+        endpoint: str | None,
+        region: str,
+        bucket: str,
+        prefix: str,
+        access_key: str | None,
+        secret_key: str | None,
     ) -> None:
         self._bucket = bucket
         self._prefix = prefix
@@ -177,7 +184,9 @@ class S3Store:
             raise _storage_error("read", key, error) from error
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix
+        )
         try:
             for page in pages:
                 for entry in page.get("Contents", []):

@@ -1,0 +1,374 @@
+"""Checkpoints: staged in the step, uploaded behind it, committed by a manifest that is written last.
+
+    checkpoints/step-000000100-a0001/
+        shards/weights-00000-of-00002.safetensors     what rank 0 owns of the weights: 1-D fp32 runs (workers/shards.py)
+        shards/optimizer-00000-of-00002.safetensors   the same runs of the optimizer's moments
+        shards/rank-00000-of-00002.json               names, sizes and checksums of the two, written after them
+        …                                             the same for every rank
+        manifest.json                                 rank 0, when all ranks have uploaded, If-None-Match: *
+
+A checkpoint exists when its manifest does. One save, in order:
+
+1. Every rank copies what it owns into a buffer that was allocated once. The step waits for this only.
+2. A background thread computes checksums and uploads, trying again while the store is away. One save at a time is under
+   way: one that falls due meanwhile is taken at the first step boundary after.
+3. The control word tells every rank, at the same step, that all have uploaded. Rank 0 then writes the manifest.
+
+A process that dies before 3 leaves objects that nothing names; the previous checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
+from uuid import uuid4
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from configs.ids import checkpoint_id
+from configs.layout import checkpoint_prefix, manifest_key
+from configs.model import VitConfig
+from configs.reasons import ExitReason
+from configs.states import Desired
+from configs.wire import Manifest, ParentCut, Preprocess, ShardFile, TensorSlice
+from workers.control import ControlWord, Word
+from workers.distributed import Ranks
+from workers.owned import HasDeepSpeed, begin_load, finish_load, moment, moment_names, owned, shapes
+from workers.report import Reporter
+from workers.shards import CheckpointCorrupt, RankFiles, ShardBuffer, Wanted, read_into
+from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError
+from workers.versions import versions
+
+UPLOAD_DEADLINE_S = 900.0
+"""How long an upload is tried again while the store does not answer; training goes on meanwhile."""
+_WEIGHT = "weight"
+_T = TypeVar("_T")
+
+
+class CheckpointMismatch(ValueError):
+    """The checkpoint is sound but belongs to other training."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; together with weights and moments, all there is to resume from."""
+
+    step: int = 0
+    """Global batches consumed."""
+    skipped_steps: int = 0
+    """Of these, how many changed nothing because their gradient was not finite."""
+    nonfinite_steps: int = 0
+    """How many in a row were skipped up to here."""
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What every manifest of an attempt says alike."""
+
+    job_id: str
+    attempt: int
+    parent: ParentCut | None
+    total_steps: int
+    global_batch_size: int
+    optimizer: str
+    spec_hash: str
+    training_fingerprint: str
+    data_fingerprint: str
+    model: VitConfig
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint under way."""
+
+    number: int
+    """Counted from 1 in this attempt."""
+    progress: Progress
+    metrics: dict[str, float]
+    prefix: str
+    started: float
+
+
+class Checkpointer:
+    """Saves at a cadence of steps. Every rank has one, and all make the same calls at the same steps."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        engine: HasDeepSpeed,
+        ranks: Ranks,
+        facts: CheckpointFacts,
+        reporter: Reporter,
+        every_steps: int | None,
+        upload_deadline_s: float = UPLOAD_DEADLINE_S,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._ranks = ranks
+        self._facts = facts
+        self._reporter = reporter
+        self._every_steps = every_steps
+        self._upload_deadline_s = upload_deadline_s
+        self._buffers = _buffers(engine, ranks)
+        self._shapes = shapes(engine)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
+        self._closed = threading.Event()
+        self._background: Future[None] | None = None
+        self._under_way: _Save | None = None
+        self._due = False
+        self._num_saves = 0
+        self._num_uploaded = 0
+        self._last_step: int | None = None
+        self._failure: tuple[ExitReason, str] | None = None
+        self.committed_step: int | None = None
+        """The newest step this rank knows to be committed by this attempt."""
+
+    @property
+    def failure_message(self) -> str | None:
+        """What went wrong in this rank's background work, if anything did."""
+        return None if self._failure is None else self._failure[1]
+
+    def word(self, order: Desired = Desired.RUN) -> Word:
+        """This rank's next control word."""
+        return Word(order, None if self._failure is None else self._failure[0], self._num_uploaded)
+
+    def maybe_save(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Begin a save if one is due and none is under way. `metrics` are those measured at this step."""
+        if self._every_steps is not None and progress.step % self._every_steps == 0:
+            self._due = True
+        if self._due and self._under_way is None:
+            self._begin(progress, metrics)
+
+    def settle(self, agreed: Word) -> None:
+        """Let rank 0 commit the save under way if all ranks have uploaded it. Call at each step with the word read."""
+        save = self._under_way
+        if save is None or agreed.num_uploaded < save.number:
+            return
+        self._under_way = None
+        if self._ranks.is_first:
+            self._background = self._thread.submit(self._guarded, partial(self._commit, save))
+
+    def finish(self, progress: Progress, metrics: dict[str, float], control: ControlWord) -> ExitReason | None:
+        """Save here unless this step is saved already, and wait until it is committed: None, or why it is not."""
+        failure = self._wait_for_commit(control)
+        if failure is None and self._last_step != progress.step:
+            self._begin(progress, metrics)
+            failure = self._wait_for_commit(control)
+        if failure is None:
+            self.committed_step = progress.step
+        return failure
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self._closed.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _wait_for_commit(self, control: ControlWord) -> ExitReason | None:
+        self._join()
+        self.settle(control.agree(self.word()))
+        self._join()
+        return control.agree(self.word()).failure
+
+    def _join(self) -> None:
+        if self._background is not None:
+            self._background.result()
+
+    def _begin(self, progress: Progress, metrics: dict[str, float]) -> None:
+        started = time.monotonic()
+        _stage(self._engine, self._buffers)
+        self._due = False
+        self._num_saves += 1
+        self._last_step = progress.step
+        prefix = checkpoint_prefix(self._facts.job_id, progress.step, self._facts.attempt)
+        self._under_way = _Save(self._num_saves, progress, dict(metrics), prefix, started)
+        self._background = self._thread.submit(self._guarded, partial(self._upload, self._under_way))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run background work; its failure travels in the next control word."""
+        try:
+            work()
+        except AlreadyExists as error:
+            self._failure = ExitReason.FENCED, f"another process of attempt {self._facts.attempt} wrote {error}"
+        except Exception as error:  # noqa: BLE001 - whatever it is must reach the other ranks
+            self._failure = ExitReason.STORAGE_ERROR, f"{type(error).__name__}: {error}"
+
+    def _upload(self, save: _Save) -> None:
+        files = [buffer.describe() for buffer in self._buffers]
+        for buffer in self._buffers:
+            self._persist(partial(self._store.put, save.prefix + buffer.name, buffer.data))
+        record = RankFiles(rank=self._ranks.rank, files=tuple(files)).model_dump_json().encode()
+        self._persist(partial(self._store.put, save.prefix + self._record_name(self._ranks.rank), record))
+        self._num_uploaded = save.number
+
+    def _commit(self, save: _Save) -> None:
+        records = [
+            RankFiles.model_validate_json(
+                self._persist(partial(self._store.get, save.prefix + self._record_name(rank)))
+            )
+            for rank in range(self._ranks.world_size)
+        ]
+        manifest = self._manifest(save, tuple(file for record in records for file in record.files))
+        key = manifest_key(save.prefix)
+        try:
+            self._persist(partial(self._store.put, key, manifest.model_dump_json().encode(), if_none_match=True))
+        except AlreadyExists:
+            # Ours, if an earlier try got through and only its answer was lost.
+            if read_manifest(self._store, save.prefix).nonce != manifest.nonce:
+                raise
+        self.committed_step = save.progress.step
+        self._reporter.checkpoint(manifest.checkpoint_id)
+        self._reporter.event(
+            "checkpoint_committed",
+            f"checkpoint at step {save.progress.step}",
+            {
+                "checkpoint_id": manifest.checkpoint_id,
+                "step": save.progress.step,
+                "num_bytes": sum(file.num_bytes for file in manifest.files),
+                "seconds": round(time.monotonic() - save.started, 3),
+            },
+        )
+
+    def _manifest(self, save: _Save, files: tuple[ShardFile, ...]) -> Manifest:
+        facts, progress = self._facts, save.progress
+        return Manifest(
+            checkpoint_id=checkpoint_id(facts.job_id, progress.step, facts.attempt),
+            job_id=facts.job_id,
+            attempt=facts.attempt,
+            step=progress.step,
+            position=progress.step * facts.global_batch_size,
+            total_steps=facts.total_steps,
+            world_size=self._ranks.world_size,
+            zero_stage=self._engine.zero_stage,
+            optimizer=facts.optimizer,
+            optimizer_step=progress.step - progress.skipped_steps,
+            skipped_steps=progress.skipped_steps,
+            nonfinite_steps=progress.nonfinite_steps,
+            spec_hash=facts.spec_hash,
+            training_fingerprint=facts.training_fingerprint,
+            data_fingerprint=facts.data_fingerprint,
+            versions=versions(),
+            metrics=save.metrics,
+            parent=facts.parent,
+            model=facts.model,
+            preprocess=facts.preprocess,
+            tensors=self._shapes,
+            files=files,
+            nonce=uuid4().hex,
+            created_at=datetime.now(UTC),
+        )
+
+    def _record_name(self, rank: int) -> str:
+        return f"shards/rank-{rank:05d}-of-{self._ranks.world_size:05d}.json"
+
+    def _persist(self, action: Callable[[], _T]) -> _T:
+        """Do `action`, again and again while the store does not answer, until the deadline."""
+        deadline = time.monotonic() + self._upload_deadline_s
+        pause_s = 0.5
+        while True:
+            try:
+                return action()
+            except StorageError:
+                if time.monotonic() + pause_s > deadline or self._closed.wait(pause_s):
+                    raise
+                pause_s = min(2 * pause_s, 30.0)
+
+
+def read_manifest(store: ObjectStore, prefix: str) -> Manifest:
+    """The manifest of the checkpoint under `prefix`.
+
+    Raises:
+        CheckpointCorrupt: there is none, or it is not one.
+    """
+    key = manifest_key(prefix)
+    try:
+        return Manifest.model_validate_json(store.get(key))
+    except NotFound as error:
+        raise CheckpointCorrupt(key, "the object is missing") from error
+    except ValidationError as error:
+        raise CheckpointCorrupt(key, f"not a manifest: {error.errors()[0]['msg']}") from error
+
+
+def read_weights(store: ObjectStore, prefix: str) -> tuple[dict[str, Tensor], Manifest]:
+    """Every weight of a checkpoint, whole, fp32 and on the CPU, with its manifest. The optimizer's files are not read.
+
+    Raises:
+        CheckpointCorrupt: an object is missing, torn or altered.
+    """
+    manifest = read_manifest(store, prefix)
+    state = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest.tensors.items()}
+    read_into(store, prefix, manifest, (Wanted(name, _WEIGHT, 0, tensor.view(-1)) for name, tensor in state.items()))
+    return state, manifest
+
+
+def load(engine: HasDeepSpeed, store: ObjectStore, prefix: str, training_fingerprint: str) -> Progress:
+    """Continue exactly where the checkpoint was taken: weights, moments, step. It may come from another number of
+    workers and another ZeRO stage. All ranks call it (collective); each reads what it owns and no more.
+
+    Raises:
+        CheckpointMismatch: the checkpoint was trained by another model, data, optimizer, schedule, batch or seed.
+        CheckpointCorrupt: an object is missing, torn or altered.
+    """
+    manifest = read_manifest(store, prefix)
+    if manifest.training_fingerprint != training_fingerprint:
+        raise CheckpointMismatch(
+            f"checkpoint {manifest.checkpoint_id} has training fingerprint {manifest.training_fingerprint}, this job "
+            f"{training_fingerprint}: model, data, optim, schedule, batch, precision and seed must be the same to "
+            "resume; to start from its weights only, submit a finetune job with init_from"
+        )
+    if manifest.tensors != shapes(engine):
+        raise CheckpointMismatch(f"checkpoint {manifest.checkpoint_id} holds other weights than the model of this job")
+    begin_load(engine)
+    wanted = [
+        Wanted(run.name, kind, run.start, run.of(tensor))
+        for run in owned(engine)
+        for kind, tensor in _tensors(engine, run.flat)
+    ]
+    read_into(store, prefix, manifest, wanted)
+    finish_load(engine, manifest.optimizer_step)
+    return Progress(manifest.step, manifest.skipped_steps, manifest.nonfinite_steps)
+
+
+def _tensors(engine: HasDeepSpeed, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The weights of `flat` and their moments, each with its kind."""
+    yield _WEIGHT, flat
+    for name in moment_names(engine):
+        yield name, moment(engine, flat, name)
+
+
+def _buffers(engine: HasDeepSpeed, ranks: Ranks) -> tuple[ShardBuffer, ShardBuffer]:
+    """This rank's two shard files, in the order of `owned`."""
+    weights = [
+        TensorSlice(key=run.name, name=run.name, kind=_WEIGHT, start=run.start, numel=run.numel)
+        for run in owned(engine)
+    ]
+    moments = [
+        TensorSlice(key=f"{kind}/{piece.name}", name=piece.name, kind=kind, start=piece.start, numel=piece.numel)
+        for piece in weights
+        for kind in moment_names(engine)
+    ]
+    suffix = f"{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
+    pinned = ranks.device.type == "cuda"
+    return (
+        ShardBuffer(f"shards/weights-{suffix}", ranks.rank, "weights", tuple(weights), pinned),
+        ShardBuffer(f"shards/optimizer-{suffix}", ranks.rank, "optimizer", tuple(moments), pinned),
+    )
+
+
+def _stage(engine: HasDeepSpeed, buffers: tuple[ShardBuffer, ...]) -> None:
+    """Copy what this rank owns into its shard files."""
+    runs = {run.name: (run, dict(_tensors(engine, run.flat))) for run in owned(engine)}
+    for buffer in buffers:
+        for piece, slot in buffer.slots():
+            run, tensors = runs[piece.name]
+            slot.copy_(run.of(tensors[piece.kind]), non_blocking=True)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
