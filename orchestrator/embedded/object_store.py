@@ -1,4 +1,4 @@
-"""The embedded object store: SeaweedFS (`weed mini`) on loopback with credentials of its own, everything else closed."""
+"""The embedded object store: SeaweedFS (`weed mini`) on loopback with its own credentials, everything else closed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -35,8 +34,8 @@ _CLOSED = (
 class ObjectStoreServer:
     """An S3 server over `data_dir` (made if missing, locked while we run).
 
-    After `start()` and `wait_ready()`: `endpoint`, `region`, `bucket`, `access_key`, `secret_key` are what a client needs.
-    The credentials lie in `data_dir/credentials.json` (0600) and stay the same for this directory.
+    After `start()` and `wait_ready()`: `endpoint`, `region`, `bucket`, `access_key`, `secret_key` are what a client
+    needs. The credentials lie in `data_dir/credentials.json` (0600) and stay the same for this directory.
     """
 
     name = "object-store"
@@ -52,7 +51,6 @@ class ObjectStoreServer:
         self.access_key = ""
         self.secret_key = ""
         self._lock: IO[str] | None = None
-        self._run_dir: Path | None = None
         self._process: ChildProcess | None = None
 
     def start(self) -> None:
@@ -64,13 +62,18 @@ class ObjectStoreServer:
         self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._take_lock()
         self.access_key, self.secret_key = _credentials(self.data_dir / "credentials.json")
-        self._run_dir = Path(tempfile.mkdtemp(prefix="pw-store-"))
+        run_dir = Path(tempfile.mkdtemp(prefix="pw-store-"))
         env = os.environ | {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "TMPDIR": str(self._run_dir),
+            "TMPDIR": str(run_dir),
         }
-        self._process = ChildProcess(self.name, self._command(self._run_dir), self.log_path, env)
+        # The places of these sockets are fixed in the server, and a SIGKILL leaves them behind.
+        sockets = [
+            Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock")
+            for name, port in zip(_LISTENERS, self._ports[1::2], strict=True)
+        ]
+        self._process = ChildProcess(self.name, self._command(run_dir), self.log_path, env, remove=[run_dir, *sockets])
 
     def _command(self, run_dir: Path) -> list[str]:
         ports = dict(zip(_LISTENERS, zip(self._ports[::2], self._ports[1::2], strict=True), strict=True))
@@ -144,12 +147,6 @@ class ObjectStoreServer:
         if self._process is not None:
             self._process.stop(grace_s)
             self._process = None
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
-            self._run_dir = None
-        for name, port in zip(_LISTENERS, self._ports[1::2], strict=True):
-            # Left behind only by a SIGKILL; its place is fixed in the server.
-            Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -1,10 +1,9 @@
-"""The embedded Ray head: `ray start --head --block` as a child, loopback only, token authentication, every port given."""
+"""The embedded Ray head: `ray start --head --block`, loopback only, token authentication, every port given."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -35,8 +34,9 @@ class RayHead:
     """One Ray head on this machine.
 
     `address` is the dashboard's URL (Jobs and State API), `gcs_address` what `ray.init(address=...)` takes, `token` the
-    bearer token. `num_cpus` is logical: left out, Ray counts the cores. Workers read `node_file` (PATCHWORK_NODE_FILE) and
-    `env`. Its session directory is a short one under the system's temporary directory: socket paths end at 107 bytes.
+    bearer token. `num_cpus` is logical: left out, Ray counts the cores. Workers read `node_file` (PATCHWORK_NODE_FILE)
+    and `env`. Its session directory is a short one under the system's temporary directory: socket paths end at 107
+    bytes.
     """
 
     name = "ray-head"
@@ -66,7 +66,12 @@ class RayHead:
         """Start the head; returns before it answers."""
         self.temp_dir = Path(tempfile.mkdtemp(prefix="pw-ray-"))
         self._process = ChildProcess(
-            self.name, self._command(self.temp_dir), self.log_path, self.environment(), cwd=self.temp_dir
+            self.name,
+            self._command(self.temp_dir),
+            self.log_path,
+            self.environment(),
+            cwd=self.temp_dir,
+            remove=[self.temp_dir],
         )
 
     def environment(self) -> dict[str, str]:
@@ -163,16 +168,12 @@ class RayHead:
         assert self._process is not None, "start() first"
         return self._process.pid
 
-    def remember_tree(self) -> None:
-        """Note the processes below the head now: orphans of a head that dies by itself are then ended by `stop`."""
-        if self._process is not None:
-            self._process.remember_tree()
+    def stop(self, grace_s: float = 5.0) -> None:
+        """End the head and every worker and driver below it, and remove its session directory. Idempotent.
 
-    def stop(self, grace_s: float = 15.0) -> None:
-        """End the head and every worker and driver below it, and remove its session directory. Idempotent."""
+        An idle head ends in about 2 s; Ray would let a busy one drain for 30 s, we kill it after `grace_s`.
+        """
         if self._process is not None:
             self._process.stop(grace_s)
             self._process = None
-        if self.temp_dir is not None:
-            shutil.rmtree(self.temp_dir, ignore_errors=True)
             self.temp_dir = None
