@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.base import Fraction, Positive, Seed, Slug, Strict
 
@@ -97,17 +97,17 @@ class DataConfig(Strict):
     )
     mean: tuple[float, ...] = Field((0.5,), description="One value, or one per channel.")
     std: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.5,)
-    loader_workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Decode threads per rank; 0: one prefetch thread.")
+    loader_workers: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="Decode threads per rank; 0: one prefetch thread."
+    )
     max_corrupt: Fraction = Field(0.001, description="Share of unreadable images tolerated before the job fails.")
 
-    @model_validator(mode="before")
+    @field_validator("source", mode="before")
     @classmethod
-    def _refuse_unbuilt(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("source"), dict):
-            kind = values["source"].get("type")
-            if kind in NOT_BUILT_SOURCES:
-                raise ValueError(f"source type {kind!r} is not available yet: use torchvision, folder or synthetic")
-        return values
+    def _refuse_unbuilt(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("type") in NOT_BUILT_SOURCES:
+            raise ValueError(f"type {value['type']!r} is not available yet: use torchvision, folder or synthetic")
+        return value
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:

@@ -46,7 +46,7 @@ def variant_sizes(variant: str) -> dict[str, int]:
     """
     match = _VARIANT.match(variant)
     if match is None or match[1] not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)} followed by /<patch size>")
+        raise ValueError(f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>")
     embed_dim, depth, num_heads, mlp_dim = VARIANTS[match[1]]
     return {
         "patch_size": int(match[2]),
@@ -81,7 +81,12 @@ class ModelConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _sizes_from_variant(cls, values: object) -> object:
-        if not isinstance(values, dict) or not isinstance(values.get("variant"), str):
+        if not isinstance(values, dict):
+            return values
+        if isinstance(values.get("image_size"), list):
+            # After this validator pydantic sees Python values, and its strict mode then wants a tuple.
+            values = {**values, "image_size": tuple(values["image_size"])}
+        if not isinstance(values.get("variant"), str):
             return values
         sizes = variant_sizes(values["variant"])
         for field, size in sizes.items():

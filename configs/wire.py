@@ -61,6 +61,8 @@ class DatasetIndex(Stored):
     class_names: tuple[str, ...]
     splits: tuple[IndexSplit, ...]
     fingerprint: str
+    ignored: dict[str, int] = Field(default_factory=dict)
+    """Files left out because they are not images: how many of each suffix."""
 
 
 # -- attempts ----------------------------------------------------------------------------------------------------------
@@ -227,6 +229,8 @@ class Preprocess(Stored):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = False
+    """Off: as the official code (tf.image.resize) and our training do. Weights from elsewhere may want it on."""
     crop: Literal["resize", "center"] = "resize"
     class_names: tuple[str, ...] | None = None
 

@@ -1,0 +1,235 @@
+"""What a Vision Transformer costs: parameters, multiply-accumulates, memory. Arithmetic only; no torch.
+
+    D  embed_dim   M  mlp_dim   L  depth   H  num_heads   C  num_classes
+    N  tokens (with the class token)       P  parameters  w  workers
+
+Counts of parameters are exact. Multiply-accumulates count every matrix product (attention's two included) and nothing
+else, which reproduces the exaFLOPs of Table 6 of the paper within 2 % (ViT rows). Memory is a model of what PyTorch and
+DeepSpeed keep; what autograd saves is checked against torch's saved_tensors_hooks by tests, GPU peaks are not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal
+
+from configs.model import VitConfig
+
+Precision = Literal["fp32", "bf16"]
+GIB = 1024**3
+FP32 = 4
+BF16 = 2
+
+DEFAULT_GPU_GIB = 80.0
+"""Assumed where a job names no accelerator."""
+USABLE = 0.92
+"""Share of a GPU's memory planned with: the rest is lost to the allocator's fragmentation."""
+FIXED_GIB = 1.5
+"""CUDA context, cuBLAS workspace and NCCL buffers of a process (an allowance, not a measurement)."""
+MAX_CPU_MICRO_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory and peak rates of a GPU: vendors' data sheets, dense matrix rates without sparsity."""
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float | None
+    """None: no bfloat16 matrix units."""
+    fp32_tflops: float
+
+    def peak_tflops(self, precision: Precision) -> float | None:
+        return self.bf16_tflops if precision == "bf16" else self.fp32_tflops
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("V100", 16, None, 15.7),
+        Gpu("T4", 16, None, 8.1),
+        Gpu("A10G", 24, 70.0, 31.2),
+        Gpu("L4", 24, 121.0, 30.3),
+        Gpu("L40S", 48, 362.0, 91.6),
+        Gpu("A100-40G", 40, 312.0, 19.5),
+        Gpu("A100", 80, 312.0, 19.5),
+        Gpu("A100-80G", 80, 312.0, 19.5),
+        Gpu("H100", 80, 989.0, 67.0),
+        Gpu("H200", 141, 989.0, 67.0),
+        Gpu("B200", 180, 2250.0, 80.0),
+    )
+}
+"""By Ray's accelerator type. "A100" alone is taken to be the 80 GB model."""
+
+
+# -- parameters and operations ---------------------------------------------------------------------------------------------
+def num_patches(config: VitConfig) -> int:
+    rows, columns = config.grid
+    return rows * columns
+
+
+def num_parameters(config: VitConfig) -> int:
+    """Exact number of parameters of `vit.build(config)`."""
+    dim, mlp = config.embed_dim, config.mlp_dim
+    patch_embed = config.patch_size**2 * config.in_channels * dim + dim
+    cls_token = dim if config.pool == "cls" else 0
+    pos_embed = config.num_tokens * dim
+    attention = (3 * dim * dim + 3 * dim) + (dim * dim + dim)
+    mlp_block = (dim * mlp + mlp) + (mlp * dim + dim)
+    block = attention + mlp_block + 4 * dim
+    pre_logits = dim * dim + dim if config.head == "mlp" else 0
+    head = dim * config.num_classes + config.num_classes
+    return patch_embed + cls_token + pos_embed + config.depth * block + 2 * dim + pre_logits + head
+
+
+def macs_per_image(config: VitConfig) -> int:
+    """Multiply-accumulates of one image's forward pass: every linear layer and attention's two products."""
+    dim, tokens = config.embed_dim, config.num_tokens
+    patch_embed = num_patches(config) * config.patch_size**2 * config.in_channels * dim
+    linears = tokens * (4 * dim * dim + 2 * dim * config.mlp_dim)
+    attention = 2 * tokens * tokens * dim
+    head = dim * config.num_classes + (dim * dim if config.head == "mlp" else 0)
+    return patch_embed + config.depth * (linears + attention) + head
+
+
+def train_flops_per_image(config: VitConfig) -> int:
+    """Floating-point operations of one image's forward and backward pass: 6 x MAC (2 per MAC, backward twice the
+    forward). Table 6 of the paper follows this rule."""
+    return 6 * macs_per_image(config)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------------
+def optimizer_bytes_per_parameter(optimizer: str) -> int:
+    """Adam keeps two fp32 moments, SGD with momentum one."""
+    return {"adamw": 2, "sgd": 1}[optimizer] * FP32
+
+
+def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: str) -> int:
+    """Bytes each rank holds between steps, with fp32 parameters (bf16 is autocast: parameters stay fp32).
+
+    Per parameter: weight 4, gradient 4, moments 8 (AdamW) or 4 (SGD). A stage partitions over the w workers: 1 the
+    moments, 2 also the gradients, 3 also the weights. Stages 1 and 2 keep a second fp32 copy of the rank's own part of
+    the weights, which the optimizer updates (DeepSpeed 0.19 stage_1_and_2.py, single_partition_of_fp32_groups); stage 3
+    does not (stage3.py reuses the partition when it is fp32 already).
+    """
+    parameters = num_parameters(config)
+    shard = -(-parameters // world_size)
+    moments = optimizer_bytes_per_parameter(optimizer)
+    weights = FP32 * (shard if zero_stage >= 3 else parameters)
+    master = FP32 * shard if zero_stage in (1, 2) else 0
+    gradients = FP32 * (shard if zero_stage >= 2 else parameters)
+    return weights + master + gradients + moments * (shard if zero_stage >= 1 else parameters)
+
+
+def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
+    """Bytes autograd keeps of one image in one pre-LN block with fused attention (SDPA).
+
+    Per token, with a = 4 bytes in fp32 and 2 under bf16 autocast (layer norm and the residual stream stay fp32):
+
+        input of norm1 (residual)     4 D     fp32; mean and 1/std: 8 bytes
+        input of qkv                  a D     norm1's output (its bf16 copy under autocast)
+        q, k, v                       3 a D   views of qkv's output
+        attention output              a D     also the input of proj
+        log-sum-exp                   4 H     fp32
+        input of norm2 (residual)     4 D     fp32; mean and 1/std: 8 bytes
+        input of fc1                  a D     norm2's output (its bf16 copy under autocast)
+        input of GELU                 a M     fc1's output
+        input of fc2                  a M     GELU's output, after dropout
+
+    Dropout adds its mask: one byte per element after proj, GELU and fc2. (CPU kernels keep fp32 masks: 4 bytes.)
+    """
+    dim, mlp = config.embed_dim, config.mlp_dim
+    width = FP32 if precision == "fp32" else BF16
+    residual = 2 * (FP32 * dim + 2 * FP32)
+    per_token = residual + width * (6 * dim + 2 * mlp) + FP32 * config.num_heads
+    if config.dropout > 0.0:
+        per_token += 2 * dim + mlp
+    return config.num_tokens * per_token
+
+
+def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
+    """Bytes autograd keeps of one image before and after the blocks: the image as the patch embedding reads it, the
+    input of the final norm, the head's input (and pre_logits' input and output), and about three times the logits."""
+    dim, tokens = config.embed_dim, config.num_tokens
+    width = FP32 if precision == "fp32" else BF16
+    height, columns = config.image_size
+    image = width * config.in_channels * height * columns
+    norm = tokens * (FP32 * dim + 2 * FP32)
+    head = width * dim * (3 if config.head == "mlp" else 1) + 3 * FP32 * config.num_classes
+    mask = tokens * dim if config.dropout > 0.0 else 0
+    return image + norm + head + mask
+
+
+def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:
+    """Bytes of the bf16 copies of the kernels that autocast makes once per forward pass and autograd keeps."""
+    if precision == "fp32":
+        return 0
+    dim = config.embed_dim
+    kernels = config.depth * (4 * dim * dim + 2 * dim * config.mlp_dim)
+    kernels += config.patch_size**2 * config.in_channels * dim + dim * config.num_classes
+    kernels += dim * dim if config.head == "mlp" else 0
+    return BF16 * kernels
+
+
+def activation_bytes(
+    config: VitConfig, micro_batch_size: int, precision: Precision, checkpointing: bool = False
+) -> int:
+    """Peak bytes of activations on a rank: what autograd saves for one micro-batch, the bf16 weight copies, and one
+    block's worth of temporaries for the backward pass that runs while all of it is still held.
+
+    With activation checkpointing only each block's input is kept (4 D bytes per token), plus one block whole while it
+    is recomputed.
+    """
+    block = saved_bytes_per_block(config, precision)
+    if checkpointing:
+        kept = config.depth * config.num_tokens * config.embed_dim * FP32 + block
+    else:
+        kept = config.depth * block
+    per_image = kept + block + saved_bytes_outside_blocks(config, precision)
+    return micro_batch_size * per_image + weight_copy_bytes(config, precision)
+
+
+def checkpoint_bytes(config: VitConfig, optimizer: str) -> int:
+    """Bytes of a checkpoint in the object store: fp32 weights and optimizer moments."""
+    return num_parameters(config) * (FP32 + optimizer_bytes_per_parameter(optimizer))
+
+
+# -- micro-batches -------------------------------------------------------------------------------------------------------------
+def divisors(number: int) -> Iterator[int]:
+    """All divisors, largest first."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    large = [number // d for d in small if d * d != number]
+    yield from large
+    yield from reversed(small)
+
+
+def largest_micro_batch(
+    config: VitConfig,
+    *,
+    global_batch_size: int,
+    world_sizes: Iterable[int],
+    zero_stage: int,
+    optimizer: str,
+    precision: Precision,
+    checkpointing: bool,
+    memory_gib: float | None,
+) -> int | None:
+    """The largest micro-batch that divides each worker's share of the batch at every world size and fits into memory
+    at the smallest one; None if not even one image does.
+
+    Args:
+        memory_gib: of the GPU; None: CPU, where up to 128 images are taken.
+    """
+    sizes = sorted(set(world_sizes))
+    share = 0
+    for world_size in sizes:
+        share = gcd(share, global_batch_size // world_size)
+    if memory_gib is None:
+        return next(d for d in divisors(share) if d <= MAX_CPU_MICRO_BATCH)
+    budget = (memory_gib * USABLE - FIXED_GIB) * GIB - state_bytes(config, zero_stage, sizes[0], optimizer)
+    return next(
+        (d for d in divisors(share) if activation_bytes(config, d, precision, checkpointing) <= budget),
+        None,
+    )

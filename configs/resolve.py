@@ -1,0 +1,368 @@
+"""From a valid job description to a complete one, once, at submission.
+
+Sizes come from the checkpoint, classes and counts from the data set's card, durations become optimizer steps, and the
+micro-batch is pinned. The result is stored as canonical JSON and never computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+
+from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
+from configs.data import DataConfig
+from configs.datasets import num_eval_examples, num_train_examples
+from configs.errors import FieldError, SpecError, field_errors
+from configs.model import SIZE_FIELDS, VARIANTS, ModelConfig, VitConfig
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, JobSpec, PretrainJob, job_spec_adapter
+from configs.train import Every, Schedule
+from configs.wire import DatasetCard, Preprocess
+
+__all__ = [
+    "SourceCheckpoint",
+    "canonical_json",
+    "data_of",
+    "load_resolved",
+    "num_eval_examples",
+    "num_train_examples",
+    "resolve",
+    "spec_hash",
+    "steps",
+    "training_fingerprint",
+]
+
+Job = TypeVar("Job", PretrainJob, FinetuneJob, EvaluateJob, ExportJob)
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """The checkpoint a job starts from, as far as resolving needs to know it."""
+
+    checkpoint_id: str
+    prefix: str
+    model: VitConfig
+    preprocess: Preprocess
+    data: DataConfig | None
+    """What it was trained on, if known."""
+
+
+def data_of(spec: JobSpec, source: SourceCheckpoint | None = None) -> DataConfig | None:
+    """The data a job reads: its own, or (evaluate) that of its checkpoint. None: it reads none (export), or unknown."""
+    if isinstance(spec, ExportJob):
+        return None
+    if spec.data is not None:
+        return spec.data
+    return None if source is None else source.data
+
+
+def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | None) -> Job:
+    """The complete description of the same job.
+
+    Args:
+        dataset: card of the job's data (`data_of`); None only for an export.
+        source: the checkpoint named by `init_from`. None for pretrain; for a fine-tune that gives all sizes itself it
+            may be None too, to plan it.
+
+    Raises:
+        SpecError: splits, classes, sizes or counts contradict one another; each at its field.
+    """
+    job: JobSpec = spec
+    if isinstance(job, (PretrainJob, FinetuneJob)):
+        changes = _training(job, dataset, source)
+    elif isinstance(job, EvaluateJob):
+        changes = _evaluation(job, dataset, source)
+    else:
+        changes = {}
+    document = job.model_dump(mode="json") | changes
+    try:
+        # Validated afresh: what was filled in has to obey the same rules.
+        return cast(Job, load_resolved(document))
+    except ValidationError as error:
+        raise SpecError(field_errors(error, document, type(job))) from None
+
+
+# -- training ------------------------------------------------------------------------------------------------------------------
+def _training(
+    spec: PretrainJob | FinetuneJob, card: DatasetCard | None, source: SourceCheckpoint | None
+) -> dict[str, Any]:
+    if card is None:
+        raise SpecError.at("/data/source", "the data set is not known")
+    faults: list[FieldError] = []
+    model = spec.model.model_dump(mode="json")
+    if isinstance(spec, FinetuneJob):
+        model |= _inherit(spec.model, source, faults)
+    model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
+    data = _fill_data(spec.data, source)
+    num_examples = _count(data, card, faults)
+    if num_examples is not None and spec.train.global_batch_size > num_examples:
+        faults.append(
+            FieldError(
+                "/train/global_batch_size",
+                f"train.global_batch_size {spec.train.global_batch_size} is more than the {num_examples} training examples",
+                spec.train.global_batch_size,
+                f"at most {num_examples}",
+            )
+        )
+    if faults or num_examples is None:
+        raise SpecError(faults)
+    config = ModelConfig.model_validate(model).vit()
+    micro_batch_size = spec.train.micro_batch_size
+    if micro_batch_size == "auto":
+        micro_batch_size = _micro_batch_size(spec, config)
+    batch = spec.train.global_batch_size
+    return {
+        "model": model,
+        "data": data.model_dump(mode="json"),
+        "schedule": _schedule(spec.schedule, num_examples, batch),
+        "train": spec.train.model_dump(mode="json") | {"micro_batch_size": micro_batch_size},
+        "checkpoint": _cadence(spec.checkpoint, num_examples, batch),
+        "eval": _cadence(spec.eval, num_examples, batch),
+    }
+
+
+def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[FieldError]) -> dict[str, Any]:
+    """What a fine-tune takes over from its checkpoint. What it gives itself must agree, except what may change."""
+    if source is None:
+        if not model.has_sizes:
+            faults.append(FieldError("/model/variant", "model.variant is needed while the checkpoint is not known"))
+            # A stand-in, so that the other faults can be found too.
+            return {"variant": "B/16"}
+        return {}
+    origin = source.model
+    inherited: dict[str, Any] = {}
+    for field in (*SIZE_FIELDS, "in_channels", "pool"):
+        given, theirs = getattr(model, field), getattr(origin, field)
+        is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
+        if is_given and given != theirs:
+            faults.append(_contradiction(model, field, given, theirs, source.checkpoint_id))
+        inherited[field] = theirs
+    if "gelu" not in model.model_fields_set:
+        inherited["gelu"] = origin.gelu
+    inherited["variant"] = _variant_of(origin)
+    faults.extend(_patch_faults(model, origin.patch_size))
+    return inherited
+
+
+def _contradiction(model: ModelConfig, field: str, given: object, theirs: object, checkpoint_id: str) -> FieldError:
+    if field in SIZE_FIELDS and model.variant is not None:
+        message = f"model.variant {model.variant!r} has {field} {given}, checkpoint {checkpoint_id} has {theirs}"
+        return FieldError("/model/variant", message, model.variant, f"{field} {theirs}")
+    message = f"model.{field} {given!r} contradicts checkpoint {checkpoint_id}, whose {field} is {theirs!r}"
+    return FieldError(f"/model/{field}", message, given, str(theirs))
+
+
+def _patch_faults(model: ModelConfig, patch_size: int) -> list[FieldError]:
+    return [
+        FieldError(
+            "/model/image_size",
+            f"model.image_size {side} is not a multiple of the checkpoint's patch_size {patch_size}",
+            side,
+            f"a multiple of {patch_size}",
+        )
+        for side in sorted(set(model.image_hw))
+        if side % patch_size
+    ]
+
+
+def _variant_of(config: VitConfig) -> str | None:
+    sizes = (config.embed_dim, config.depth, config.num_heads, config.mlp_dim)
+    return next((f"{name}/{config.patch_size}" for name, known in VARIANTS.items() if known == sizes), None)
+
+
+def _num_classes(given: int | None, card: DatasetCard, faults: list[FieldError]) -> int:
+    if given is not None and given != card.num_classes:
+        faults.append(
+            FieldError(
+                "/model/num_classes",
+                f"model.num_classes {given} contradicts data set {card.name}, which has {card.num_classes} classes",
+                given,
+                str(card.num_classes),
+            )
+        )
+    return card.num_classes
+
+
+def _fill_data(data: DataConfig, source: SourceCheckpoint | None) -> DataConfig:
+    """Normalisation not given is the checkpoint's; with a holdout, evaluation reads the training split's held-out part."""
+    changes: dict[str, Any] = {}
+    if source is not None:
+        changes |= {f: getattr(source.preprocess, f) for f in ("mean", "std") if f not in data.model_fields_set}
+    if data.holdout is not None:
+        changes["eval"] = data.train
+    return data.model_copy(update=changes)
+
+
+def _count(data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> int | None:
+    """Training examples, after noting every fault of the splits; None if they cannot be counted."""
+    count = None
+    try:
+        count = num_train_examples(data, card)
+    except SpecError as error:
+        faults.extend(error.errors)
+    if data.holdout is None:
+        try:
+            num_eval_examples(data, card)
+        except SpecError as error:
+            faults.extend(error.errors)
+    return count
+
+
+def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int:
+    """The largest that fits the job's accelerator; 1 if by the cost model nothing does (the plan then says so)."""
+    gpu = GPUS.get(spec.resources.accelerator or "")
+    memory_gib = None
+    if spec.resources.gpus_per_worker > 0:
+        memory_gib = gpu.memory_gib if gpu else DEFAULT_GPU_GIB
+    found = largest_micro_batch(
+        config,
+        global_batch_size=spec.train.global_batch_size,
+        world_sizes=spec.allowed_world_sizes,
+        zero_stage=spec.zero.stage,
+        optimizer=spec.optim.name,
+        precision=spec.train.precision,
+        checkpointing=spec.train.activation_checkpointing,
+        memory_gib=memory_gib,
+    )
+    return found or 1
+
+
+# -- durations -----------------------------------------------------------------------------------------------------------------
+def steps(
+    in_steps: int | None, in_epochs: float | None, in_examples: int | None, num_examples: int, global_batch_size: int
+) -> int | None:
+    """A duration in optimizer steps, however it was given: rounded, and at least 1 unless it is 0. None: not given.
+
+    An epoch is `num_examples` images; round(1281167 / 1024 * 90) = 112,603 is big_vision's rule too.
+    """
+    if in_steps is not None:
+        return in_steps
+    if in_epochs is not None:
+        images = in_epochs * num_examples
+    elif in_examples is not None:
+        images = float(in_examples)
+    else:
+        return None
+    return 0 if images == 0 else max(1, round(images / global_batch_size))
+
+
+def _schedule(schedule: Schedule, num_examples: int, batch: int) -> dict[str, Any]:
+    total = steps(schedule.total_steps, schedule.total_epochs, schedule.total_examples, num_examples, batch)
+    warmup = steps(schedule.warmup_steps, schedule.warmup_epochs, schedule.warmup_examples, num_examples, batch) or 0
+    assert total is not None
+    if warmup > total:
+        field = next(f for f in ("steps", "epochs", "examples") if getattr(schedule, f"warmup_{f}") is not None)
+        given = getattr(schedule, f"warmup_{field}")
+        raise SpecError.at(
+            f"/schedule/warmup_{field}",
+            f"schedule.warmup_{field} {given} is {warmup} steps, more than the {total} steps in all",
+            given,
+            f"at most {total} steps",
+        )
+    return {"total_steps": total, "warmup_steps": warmup, "decay": schedule.decay}
+
+
+def _cadence(every: Every, num_examples: int, batch: int) -> dict[str, Any]:
+    resolved = steps(every.every_steps, every.every_epochs, every.every_examples, num_examples, batch)
+    return every.model_dump(mode="json") | {"every_steps": resolved, "every_epochs": None, "every_examples": None}
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------------------
+def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheckpoint | None) -> dict[str, Any]:
+    if source is None:
+        raise SpecError.at("/init_from", f"checkpoint {spec.init_from} is not known", spec.init_from)
+    data = data_of(spec, source)
+    if data is None:
+        raise SpecError.at("/data", f"data is missing: {source.checkpoint_id} does not say what it was trained on")
+    if card is None:
+        raise SpecError.at("/data/source", "the data set is not known")
+    faults: list[FieldError] = []
+    if spec.image_size is not None and spec.image_size % source.model.patch_size:
+        faults.append(
+            FieldError(
+                "/image_size",
+                f"image_size {spec.image_size} is not a multiple of the checkpoint's patch_size {source.model.patch_size}",
+                spec.image_size,
+                f"a multiple of {source.model.patch_size}",
+            )
+        )
+    if card.num_classes != source.model.num_classes:
+        faults.append(
+            FieldError(
+                "/data/source",
+                f"data set {card.name} has {card.num_classes} classes, checkpoint {source.checkpoint_id} tells "
+                f"{source.model.num_classes} apart",
+                card.name,
+                f"a data set with {source.model.num_classes} classes",
+            )
+        )
+    if spec.data is not None:
+        data = _fill_evaluation_data(spec.data, source, faults)
+    try:
+        num_eval_examples(data, card)
+    except SpecError as error:
+        faults.extend(error.errors)
+    if faults:
+        raise SpecError(faults)
+    height, width = source.model.image_size
+    image_size = spec.image_size or (height if height == width else None)
+    return {"data": data.model_dump(mode="json"), "image_size": image_size}
+
+
+def _fill_evaluation_data(data: DataConfig, source: SourceCheckpoint, faults: list[FieldError]) -> DataConfig:
+    filled = _fill_data(data, source)
+    if "eval_crop" not in data.model_fields_set:
+        filled = filled.model_copy(update={"eval_crop": source.preprocess.crop})
+    for field in ("mean", "std"):
+        count = len(getattr(filled, field))
+        if count not in (1, source.model.in_channels):
+            message = f"data.{field} has {count} values, the checkpoint's in_channels is {source.model.in_channels}"
+            faults.append(FieldError(f"/data/{field}", message, list(getattr(filled, field))))
+    return filled
+
+
+# -- identity ------------------------------------------------------------------------------------------------------------------
+def canonical_json(spec: JobSpec) -> bytes:
+    """The one spelling of a resolved job that is stored and hashed."""
+    return _canonical(spec.model_dump(mode="json"))
+
+
+def load_resolved(stored: bytes | dict[str, Any]) -> JobSpec:
+    """The job that `canonical_json` wrote. Raises pydantic.ValidationError if it is none."""
+    text = stored if isinstance(stored, bytes) else json.dumps(stored)
+    return job_spec_adapter.validate_json(text)
+
+
+def spec_hash(stored: bytes) -> str:
+    """Hash of the stored canonical JSON; computed once and kept beside it."""
+    return "sha256:" + hashlib.sha256(stored).hexdigest()
+
+
+# Settings that change how a job runs but not what it computes.
+_NOT_TRAINING = {
+    "train": {"log_every_steps", "max_nonfinite_steps"},
+    "data": {"loader_workers", "max_corrupt"},
+}
+
+
+def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
+    """What a resumed attempt must agree on: kind, model, data, optimizer, schedule, batch, precision, seed, origin.
+
+    Not in it: names, queue, retries, workers, ZeRO stage, checkpoint and evaluation cadence.
+    """
+    document = spec.model_dump(mode="json")
+    kept: dict[str, Any] = {"kind": spec.kind, "data_fingerprint": data_fingerprint}
+    for part in ("model", "data", "optim", "schedule", "train", "init_from", "image_size", "precision", "format"):
+        value = document.get(part)
+        if isinstance(value, dict):
+            value = {field: v for field, v in value.items() if field not in _NOT_TRAINING.get(part, ())}
+        kept[part] = value
+    return spec_hash(_canonical(kept))
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
