@@ -15,9 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from configs.wire import DatasetCard, DatasetIndex, IndexSplit, SplitInfo
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 class FolderError(ValueError):
@@ -105,28 +103,26 @@ def _directories(folder: Path, ignored: Counter[str]) -> list[str]:
 
 
 def _scan_split(root: Path, folder: Path, split: str, class_names: list[str], ignored: Counter[str]) -> IndexSplit:
-    real_root = str(root.resolve())
-    paths: list[str] = []
-    labels: list[int] = []
-    sizes: list[int] = []
+    real_root = root.resolve()
+    images: list[tuple[str, int, int]] = []
     for label, class_name in enumerate(class_names):
-        before = len(paths)
-        for relative, entry in _files(folder / split / class_name, class_name):
-            if Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
+        of_class = []
+        for path, entry in _files(folder / split / class_name, class_name):
+            if _kind(entry.name) not in IMAGE_SUFFIXES:
                 ignored[_kind(entry.name)] += 1
                 continue
             if entry.is_symlink():
                 _refuse_escape(entry, real_root)
-            paths.append(relative)
-            labels.append(label)
-            sizes.append(entry.stat().st_size)
-        if len(paths) == before:
+            of_class.append((path, label, entry.stat().st_size))
+        if not of_class:
             raise FolderError(f"class {class_name} of split {split} in {folder} holds no images")
-    return IndexSplit(name=split, paths=tuple(paths), labels=tuple(labels), sizes=tuple(sizes))
+        images += sorted(of_class)
+    paths, labels, sizes = zip(*images, strict=True)
+    return IndexSplit(name=split, paths=paths, labels=labels, sizes=sizes)
 
 
 def _files(folder: Path, relative: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every file below `folder`, depth first in the order of names, with its path from the split."""
+    """Every file below `folder`, with its path from the split."""
     for entry in _entries(folder):
         here = f"{relative}/{entry.name}"
         if _is_directory(entry):
@@ -136,8 +132,11 @@ def _files(folder: Path, relative: str) -> Iterator[tuple[str, os.DirEntry[str]]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in entries:
         try:
             entry.name.encode()
@@ -155,15 +154,16 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir()
 
 
-def _refuse_escape(entry: os.DirEntry[str], real_root: str) -> None:
-    target = os.path.realpath(entry.path)
-    if not Path(target).is_relative_to(real_root):
+def _refuse_escape(entry: os.DirEntry[str], real_root: Path) -> None:
+    target = Path(entry.path).resolve()
+    if not target.is_relative_to(real_root):
         raise FolderError(f"{entry.path} is a link out of the data root, to {target}")
-    if not os.path.isfile(target):
+    if not target.is_file():
         raise FolderError(f"{entry.path} is a link to nothing")
 
 
 def _kind(name: str) -> str:
+    """The suffix, lower case, or why there is none to speak of."""
     return "hidden" if name.startswith(".") else Path(name).suffix.lower() or "without suffix"
 
 

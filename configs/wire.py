@@ -125,7 +125,7 @@ class ExitFile(Stored):
     ended_at: AwareDatetime
 
 
-# -- reports: rank -> driver -> control plane -----------------------------------------------------------------------------
+# -- reports: rank -> driver -> control plane --------------------------------------------------------------------------
 Phase = Literal["starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting"]
 
 
@@ -195,7 +195,7 @@ class LogLine(Stored):
     msg: str
 
 
-# -- checkpoints ----------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 BLOCK_BYTES = 8 * 1024 * 1024
 
 

@@ -51,7 +51,7 @@ class FileSource:
             raise UnreadableImage(f"{len(content)} bytes, the data set's index says {self._sizes[index]}")
         return decode(content, self.channels)
 
-    def read_many(self, indices: Indices) -> None:
+    def read_many(self, indices: Indices) -> None:  # noqa: ARG002 - they need decoding
         return None
 
 

@@ -95,7 +95,7 @@ def _check(source: ImageSource, card: DatasetCard, split: str) -> None:
     wrong = np.flatnonzero((source.labels < 0) | (source.labels >= card.num_classes))
     if wrong.size:
         raise DataError(
-            f"label {source.labels[wrong[0]]} of {source.name(int(wrong[0]))} in split {split!r} of data set {card.name} "
+            f"label {source.labels[wrong[0]]} of {source.name(int(wrong[0]))} ({split}) of data set {card.name} "
             f"is outside 0..{card.num_classes - 1} ({wrong.size} such labels)"
         )
 
