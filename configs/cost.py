@@ -64,7 +64,7 @@ GPUS: dict[str, Gpu] = {
 """By Ray's accelerator type. "A100" alone is taken to be the 80 GB model."""
 
 
-# -- parameters and operations ---------------------------------------------------------------------------------------------
+# -- parameters and operations -----------------------------------------------------------------------------------------
 def num_patches(config: VitConfig) -> int:
     rows, columns = config.grid
     return rows * columns
@@ -100,7 +100,7 @@ def train_flops_per_image(config: VitConfig) -> int:
     return 6 * macs_per_image(config)
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 def optimizer_bytes_per_parameter(optimizer: str) -> int:
     """Adam keeps two fp32 moments, SGD with momentum one."""
     return {"adamw": 2, "sgd": 1}[optimizer] * FP32
@@ -183,10 +183,8 @@ def activation_bytes(
     is recomputed.
     """
     block = saved_bytes_per_block(config, precision)
-    if checkpointing:
-        kept = config.depth * config.num_tokens * config.embed_dim * FP32 + block
-    else:
-        kept = config.depth * block
+    block_input = config.num_tokens * config.embed_dim * FP32
+    kept = config.depth * block_input + block if checkpointing else config.depth * block
     per_image = kept + block + saved_bytes_outside_blocks(config, precision)
     return micro_batch_size * per_image + weight_copy_bytes(config, precision)
 
@@ -196,7 +194,7 @@ def checkpoint_bytes(config: VitConfig, optimizer: str) -> int:
     return num_parameters(config) * (FP32 + optimizer_bytes_per_parameter(optimizer))
 
 
-# -- micro-batches -------------------------------------------------------------------------------------------------------------
+# -- micro-batches -----------------------------------------------------------------------------------------------------
 def divisors(number: int) -> Iterator[int]:
     """All divisors, largest first."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]

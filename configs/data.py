@@ -8,9 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from configs.base import Fraction, Positive, Seed, Slug, Strict
 
-TorchvisionName = Literal[
-    "FashionMNIST", "MNIST", "CIFAR10", "CIFAR100", "Flowers102", "OxfordIIITPet", "ImageNet"
-]
+TorchvisionName = Literal["FashionMNIST", "MNIST", "CIFAR10", "CIFAR100", "Flowers102", "OxfordIIITPet", "ImageNet"]
 
 
 class TorchvisionSource(Strict):

@@ -123,7 +123,7 @@ def card_for(source: Source, registered: Mapping[str, DatasetCard]) -> DatasetCa
     )
 
 
-# -- how many examples a job sees ----------------------------------------------------------------------------------------
+# -- how many examples a job sees --------------------------------------------------------------------------------------
 def num_held_out(num_examples: int, fraction: float) -> int:
     """Examples a holdout takes out of `num_examples`: rounded, at least one."""
     return max(1, round(num_examples * fraction))

@@ -61,7 +61,7 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# -- pydantic's errors as ours -------------------------------------------------------------------------------------------
+# -- pydantic's errors as ours -----------------------------------------------------------------------------------------
 def field_errors(error: ValidationError, raw: Mapping[str, Any], model: type[BaseModel]) -> tuple[FieldError, ...]:
     """Pydantic's errors about `raw` as FieldErrors with exact pointers.
 

@@ -1,15 +1,15 @@
 """Where things lie in the object store. Both sides use these functions and no other spelling.
 
-    <prefix>jobs/<job>/
-        attempts/0003.json                      what the attempt was given (AttemptFile)
-        attempts/0003/exit.json                 how it ended (ExitFile), written by its driver
-        attempts/0003/logs/<stream>/000007.jsonl   stream: driver, rank-00000, …
-        checkpoints/step-000120000-a0003/
-            shards/…                            safetensors; see Manifest
-            manifest.json                       written last, If-None-Match: *; without it there is no checkpoint
-        exports/<format>/…                      what an export job made
-        report.json                             what an evaluate job found (EvaluationReport)
-    <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
+<prefix>jobs/<job>/
+    attempts/0003.json                      what the attempt was given (AttemptFile)
+    attempts/0003/exit.json                 how it ended (ExitFile), written by its driver
+    attempts/0003/logs/<stream>/000007.jsonl   stream: driver, rank-00000, …
+    checkpoints/step-000120000-a0003/
+        shards/…                            safetensors; see Manifest
+        manifest.json                       written last, If-None-Match: *; without it there is no checkpoint
+    exports/<format>/…                      what an export job made
+    report.json                             what an evaluate job found (EvaluationReport)
+<prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ KINDS: dict[str, type[BaseModel]] = {
 }
 
 
-# -- overrides and merging -----------------------------------------------------------------------------------------------
+# -- overrides and merging ---------------------------------------------------------------------------------------------
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `raw` with dotted keys set: {"optim.lr": "3e-4"}. Text values are read as YAML.
 
@@ -128,7 +128,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-# -- presets ---------------------------------------------------------------------------------------------------------------
+# -- presets -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PresetInfo:
     """A preset: its header and the settings it stands for."""
@@ -214,7 +214,7 @@ def _read_header(text: str) -> tuple[str, dict[str, str]]:
     return title, header
 
 
-# -- the schema --------------------------------------------------------------------------------------------------------------
+# -- the schema --------------------------------------------------------------------------------------------------------
 def parse_spec(raw: Mapping[str, Any]) -> JobSpec:
     """The job description in `raw`, laid over its preset if it names one, checked against the schema.
 

@@ -46,7 +46,9 @@ def variant_sizes(variant: str) -> dict[str, int]:
     """
     match = _VARIANT.match(variant)
     if match is None or match[1] not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>")
+        raise ValueError(
+            f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>"
+        )
     embed_dim, depth, num_heads, mlp_dim = VARIANTS[match[1]]
     return {
         "patch_size": int(match[2]),
@@ -67,13 +69,19 @@ class ModelConfig(Strict):
     depth: Size | None = None
     num_heads: Size | None = None
     mlp_dim: Size | None = None
-    image_size: ImageSize | tuple[ImageSize, ImageSize] = Field(224, description="Pixels: one side, or [height, width].")
+    image_size: ImageSize | tuple[ImageSize, ImageSize] = Field(
+        224, description="Pixels: one side, or [height, width]."
+    )
     in_channels: Literal[1, 3] = 3
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(None, description="Left out: from the data.")
-    head: Head = Field("linear", description="linear: zero-initialised; mlp: one hidden layer with tanh (pre-training).")
+    head: Head = Field(
+        "linear", description="linear: zero-initialised; mlp: one hidden layer with tanh (pre-training)."
+    )
     pool: Pool = "cls"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Rate of the last block; linear from 0.")
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Rate of the last block; linear from 0."
+    )
     gelu: Gelu = "tanh"
     pos_embed: Literal["learned"] = "learned"
     pos_resize: PosResize = "official"

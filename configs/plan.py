@@ -33,8 +33,8 @@ from configs.spec import EvaluateJob, ExportJob, JobSpec, TrainingJob
 from configs.wire import DatasetCard
 
 ASSUMED_MFU = 0.40
-"""Model FLOPs utilisation that hours are computed with. Published plain-ViT training on A100 and H100 reaches 29 to 44 %
-(NVIDIA NeMo's ViT-g), and 6 to 23 % where small models or the loader are the limit."""
+"""Model FLOPs utilisation that hours are computed with. Published plain-ViT training on A100 and H100 reaches 29 to
+44 % (NVIDIA NeMo's ViT-g), and 6 to 23 % where small models or the loader are the limit."""
 ERROR_BAND_PCT = 50
 DECODE_BOUND_IMAGES_PER_S = 600
 """Decoded 224-pixel images per second and worker above which a plan warns (a node of 8 workers with torchvision's CPU
@@ -241,9 +241,10 @@ def _notes(
     if not own.fits:
         notes.append(_advice(own, stages, memory_gib))
     if rate is not None and device is not None:
+        precision = spec.train.precision
         notes.append(
-            f"Hours assume {ASSUMED_MFU:.0%} of {device.name}'s peak ({device.peak_tflops(spec.train.precision):g} TFLOP/s "
-            f"{spec.train.precision}, vendor's figure); take them as ± {ERROR_BAND_PCT} %."
+            f"Hours assume {ASSUMED_MFU:.0%} of {device.name}'s peak ({device.peak_tflops(precision):g} TFLOP/s "
+            f"{precision}, vendor's figure); take them as ± {ERROR_BAND_PCT} %."
         )
         if rate / world_size > DECODE_BOUND_IMAGES_PER_S:
             notes.append(f"Needs {rate:,.0f} decoded images/s: reading and decoding may be the limit, not the GPUs.")
@@ -266,9 +267,12 @@ def _advice(own: StagePlan, stages: tuple[StagePlan, ...], memory_gib: float) ->
     return f"{text}; no stage does. Use more workers, larger GPUs or train.activation_checkpointing."
 
 
-# -- jobs that do not train ----------------------------------------------------------------------------------------------------
+# -- jobs that do not train --------------------------------------------------------------------------------------------
 def _plan_evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheckpoint | None) -> Plan:
-    assert spec.data is not None and card is not None and source is not None
+    # resolve() has refused the job otherwise.
+    assert spec.data is not None
+    assert card is not None
+    assert source is not None
     config = source.model
     if spec.image_size is not None:
         config = config.model_copy(update={"image_size": (spec.image_size, spec.image_size)})

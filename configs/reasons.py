@@ -56,8 +56,12 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
     ExitReason.USER_ERROR: ReasonRow(_F, "user", "Read the error and the last lines of the rank that failed first."),
     ExitReason.SPEC_INVALID: ReasonRow(_F, "never", "Correct the field that the error names and submit again."),
     ExitReason.DATA_ERROR: ReasonRow(_F, "user", "Check that the data set is complete under the node's data root."),
-    ExitReason.NAN_LOSS: ReasonRow(_F, "user", "Lower optim.lr, lengthen the warm-up, or clip gradients (optim.clip_grad_norm: 1)."),
-    ExitReason.OOM_GPU: ReasonRow(_F, "user", "Halve train.micro_batch_size, or turn on train.activation_checkpointing, or raise zero.stage."),
+    ExitReason.NAN_LOSS: ReasonRow(
+        _F, "user", "Lower optim.lr, lengthen the warm-up, or clip gradients (optim.clip_grad_norm: 1)."
+    ),
+    ExitReason.OOM_GPU: ReasonRow(
+        _F, "user", "Halve train.micro_batch_size, or turn on train.activation_checkpointing, or raise zero.stage."
+    ),
     ExitReason.OOM_HOST: ReasonRow(_F, "infra", "Lower data.loader_workers or ask for fewer workers on a node."),
     ExitReason.WORKER_LOST: ReasonRow(_F, "infra", "A worker process vanished; see the node's health."),
     ExitReason.WORKER_HUNG: ReasonRow(_F, "infra", "A rank made no progress; see the rank named in the error."),
@@ -65,12 +69,18 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
     ExitReason.NODE_LOST: ReasonRow(_F, "infra", "A node left the cluster."),
     ExitReason.CLUSTER_LOST: ReasonRow(_F, "infra", "The Ray cluster was replaced by another one."),
     ExitReason.START_TIMEOUT: ReasonRow(_F, "infra", "The workers did not start in time; see `patchwork cluster`."),
-    ExitReason.STORAGE_ERROR: ReasonRow(_F, "infra", "The object store could not be used; check its health and credentials."),
-    ExitReason.CHECKPOINT_CORRUPT: ReasonRow(_F, "infra", "A checkpoint failed verification; the one before it is used."),
+    ExitReason.STORAGE_ERROR: ReasonRow(
+        _F, "infra", "The object store could not be used; check its health and credentials."
+    ),
+    ExitReason.CHECKPOINT_CORRUPT: ReasonRow(
+        _F, "infra", "A checkpoint failed verification; the one before it is used."
+    ),
     ExitReason.FENCED: ReasonRow(_F, "infra", "A newer attempt took over; this one stopped itself."),
     ExitReason.CRASH_LOOP: ReasonRow(_F, "never", "The same failure came back without progress; read its error."),
     ExitReason.DEADLINE: ReasonRow(_F, "never", "Raise queue.deadline_s, or retry from the last checkpoint."),
-    ExitReason.PLATFORM_ERROR: ReasonRow(_F, "infra", "This is a fault of Patchwork; please report it with the job's id."),
+    ExitReason.PLATFORM_ERROR: ReasonRow(
+        _F, "infra", "This is a fault of Patchwork; please report it with the job's id."
+    ),
 }
 
 

@@ -35,7 +35,7 @@ __all__ = [
     "training_fingerprint",
 ]
 
-Job = TypeVar("Job", PretrainJob, FinetuneJob, EvaluateJob, ExportJob)
+Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
         raise SpecError(field_errors(error, document, type(job))) from None
 
 
-# -- training ------------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 def _training(
     spec: PretrainJob | FinetuneJob, card: DatasetCard | None, source: SourceCheckpoint | None
 ) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def _training(
         faults.append(
             FieldError(
                 "/train/global_batch_size",
-                f"train.global_batch_size {spec.train.global_batch_size} is more than the {num_examples} training examples",
+                f"train.global_batch_size {spec.train.global_batch_size} is more than the {num_examples} "
+                "training examples",
                 spec.train.global_batch_size,
                 f"at most {num_examples}",
             )
@@ -187,7 +188,8 @@ def _num_classes(given: int | None, card: DatasetCard, faults: list[FieldError])
 
 
 def _fill_data(data: DataConfig, source: SourceCheckpoint | None) -> DataConfig:
-    """Normalisation not given is the checkpoint's; with a holdout, evaluation reads the training split's held-out part."""
+    """Normalisation not given is the checkpoint's. With a holdout, evaluation reads the training split's held-out
+    part."""
     changes: dict[str, Any] = {}
     if source is not None:
         changes |= {f: getattr(source.preprocess, f) for f in ("mean", "std") if f not in data.model_fields_set}
@@ -230,7 +232,7 @@ def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int
     return found or 1
 
 
-# -- durations -----------------------------------------------------------------------------------------------------------------
+# -- durations ---------------------------------------------------------------------------------------------------------
 def steps(
     in_steps: int | None, in_epochs: float | None, in_examples: int | None, num_examples: int, global_batch_size: int
 ) -> int | None:
@@ -270,7 +272,7 @@ def _cadence(every: Every, num_examples: int, batch: int) -> dict[str, Any]:
     return every.model_dump(mode="json") | {"every_steps": resolved, "every_epochs": None, "every_examples": None}
 
 
-# -- evaluation ----------------------------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------------
 def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheckpoint | None) -> dict[str, Any]:
     if source is None:
         raise SpecError.at("/init_from", f"checkpoint {spec.init_from} is not known", spec.init_from)
@@ -284,7 +286,8 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
         faults.append(
             FieldError(
                 "/image_size",
-                f"image_size {spec.image_size} is not a multiple of the checkpoint's patch_size {source.model.patch_size}",
+                f"image_size {spec.image_size} is not a multiple of the checkpoint's patch_size "
+                f"{source.model.patch_size}",
                 spec.image_size,
                 f"a multiple of {source.model.patch_size}",
             )
@@ -324,7 +327,7 @@ def _fill_evaluation_data(data: DataConfig, source: SourceCheckpoint, faults: li
     return filled
 
 
-# -- identity ------------------------------------------------------------------------------------------------------------------
+# -- identity ----------------------------------------------------------------------------------------------------------
 def canonical_json(spec: JobSpec) -> bytes:
     """The one spelling of a resolved job that is stored and hashed."""
     return _canonical(spec.model_dump(mode="json"))

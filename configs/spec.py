@@ -12,7 +12,7 @@ from configs.model import ModelConfig
 from configs.service import Queue, Resources, Retry
 from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Zero
 
-SPEC_SCHEMA_VERSION = 1
+SPEC_SCHEMA_VERSION: Literal[1] = 1
 NOT_BUILT_KINDS = ("search", "inspect")
 
 CheckpointRef = Annotated[
@@ -54,15 +54,14 @@ class _TrainingJob(_Job):
             for n in allowed:
                 if (batch // n) % micro:
                     raise ValueError(
-                        f"train.micro_batch_size {micro} does not divide the {batch // n} images that each of {n} workers "
-                        f"takes of train.global_batch_size {batch}"
+                        f"train.micro_batch_size {micro} does not divide the {batch // n} images that each of {n} "
+                        f"workers takes of train.global_batch_size {batch}"
                     )
         channels = {1, self.model.in_channels}
         for field in ("mean", "std"):
-            if len(getattr(self.data, field)) not in channels:
-                raise ValueError(
-                    f"data.{field} has {len(getattr(self.data, field))} values, model.in_channels is {self.model.in_channels}"
-                )
+            count = len(getattr(self.data, field))
+            if count not in channels:
+                raise ValueError(f"data.{field} has {count} values, model.in_channels is {self.model.in_channels}")
         return self
 
     @property

@@ -118,7 +118,7 @@ def parse_value(text: str) -> Any:
     loader: _Loader | None = None
     try:
         loader = _Loader(text)
-        return loader.get_single_data()  # type: ignore[no-untyped-call]
+        return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -127,7 +127,7 @@ def parse_value(text: str) -> Any:
         raise SpecError.at("", f"not YAML: {error}") from None
     finally:
         if loader is not None:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
 
 
 def _parse_json(text: str) -> Any:

@@ -25,7 +25,9 @@ class Optim(Strict):
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
-    clip_grad_norm: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(1.0, description="Global norm; null: no clip.")
+    clip_grad_norm: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
+        1.0, description="Global norm; null: no clip."
+    )
 
     @model_validator(mode="after")
     def _refuse_unused(self) -> Self:
@@ -57,7 +59,9 @@ class Schedule(Strict):
             )
         warmup = [f for f in ("warmup_steps", "warmup_epochs", "warmup_examples") if getattr(self, f) is not None]
         if len(warmup) > 1:
-            raise ValueError(f"give at most one of warmup_steps, warmup_epochs and warmup_examples, got {', '.join(warmup)}")
+            raise ValueError(
+                f"give at most one of warmup_steps, warmup_epochs and warmup_examples, got {', '.join(warmup)}"
+            )
         if self.total_steps is not None and self.warmup_steps is not None and self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than total_steps {self.total_steps}")
         return self
@@ -82,7 +86,8 @@ class Train(Strict):
 
 
 class Zero(Strict):
-    """ZeRO stage: what is partitioned over the workers (0 nothing, 1 optimizer state, 2 and gradients, 3 and weights)."""
+    """ZeRO stage: what is partitioned over the workers (0 nothing, 1 optimizer state, 2 also gradients, 3 also
+    weights)."""
 
     stage: Literal[0, 1, 2, 3] = 1
 
@@ -98,7 +103,9 @@ class Every(Strict):
     def _one_cadence(self) -> Self:
         given = [f for f in ("every_steps", "every_epochs", "every_examples") if getattr(self, f) is not None]
         if len(given) > 1:
-            raise ValueError(f"give at most one of every_steps, every_epochs and every_examples, got {', '.join(given)}")
+            raise ValueError(
+                f"give at most one of every_steps, every_epochs and every_examples, got {', '.join(given)}"
+            )
         return self
 
 
