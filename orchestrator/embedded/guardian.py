@@ -5,8 +5,8 @@
 The guardian is the command's parent and, on Linux, the subreaper of everything below it: orphans become its children,
 so that none escapes, whatever session or process group it put itself in. It ends them all with SIGKILL and removes each
 PATH when the command ends, or when its own standard input closes: that is a pipe from the process that started it, so
-it closes even when that process is killed. SIGTERM is passed on to the command. Exit code: the command's (128 + signal).
-Standard library only; no thread.
+it closes even when that process is killed. SIGTERM is passed on to the command. Exit code: the command's, or
+128 + signal. Standard library only; no thread.
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from orchestrator.embedded.ports import free_ports
 from orchestrator.embedded.processes import ChildProcess, ProcessFailed
+from orchestrator.files import write_private
 
 _LISTENERS = ("s3", "master", "volume", "filer", "admin")
 # The filer's HTTP port would read, write and delete without a login; telemetry and the rest is not wanted.
@@ -187,17 +188,6 @@ def _credentials(path: Path) -> tuple[str, str]:
     made = {"access_key": secrets.token_hex(10), "secret_key": secrets.token_urlsafe(32)}
     write_private(path, json.dumps(made))
     return made["access_key"], made["secret_key"]
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path` with mode 0600, all or nothing."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _put_and_get(client: Any, bucket: str) -> Exception | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import tempfile
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import httpx
 
-from orchestrator.embedded.object_store import write_private
 from orchestrator.embedded.ports import free_ports
 from orchestrator.embedded.processes import ChildProcess, ProcessFailed
+from orchestrator.embedded.server import clean_environment
+from orchestrator.files import write_private
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 _PORT_FLAGS = (
@@ -81,7 +81,7 @@ class RayHead:
         if not token_file.exists():
             # A file, so that the token is in no process's environment.
             write_private(token_file, self.token)
-        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        env = {k: v for k, v in clean_environment().items() if not k.startswith("RAY_")}
         env |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
