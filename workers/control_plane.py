@@ -1,0 +1,130 @@
+"""The driver's line to the control plane: claim the attempt, report, take orders.
+
+An absent control plane never fails training: reports wait on disk, bounded, and are sent in order when it returns.
+A control plane that answers "superseded" ends the attempt.
+
+    ControlPlaneError
+    ├── Superseded    409 or 410: a newer attempt took over, or this one has ended
+    ├── Refused       the report itself is wrong (400, 413, 422): sending it again would not help
+    └── Unreachable   anything else: no answer, 5xx, a proxy's error
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+
+from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply
+
+SPOOL_BYTES = 64 * 1024 * 1024
+
+
+class ControlPlaneError(Exception):
+    """Base of what a call to the control plane raises."""
+
+
+class Superseded(ControlPlaneError):
+    """This attempt is no longer the job's."""
+
+
+class Refused(ControlPlaneError):
+    """The control plane will never accept this report."""
+
+
+class Unreachable(ControlPlaneError):
+    """No usable answer; try again later."""
+
+
+class ControlPlane:
+    """The two calls a driver makes."""
+
+    def __init__(self, api_url: str, worker_secret: str, attempt_id: str, timeout_s: float = 10.0) -> None:
+        self._path = f"/internal/v1/attempts/{attempt_id}"
+        self._client = httpx.Client(
+            base_url=api_url,
+            headers={"Authorization": f"Bearer {worker_secret}"},
+            timeout=httpx.Timeout(timeout_s, connect=3.0),
+            # A proxy of the environment is for the outside world.
+            trust_env=False,
+        )
+
+    def claim(self, request: ClaimRequest) -> ClaimReply:
+        """Takes the attempt for this driver. The same nonce may claim again. Raises ControlPlaneError."""
+        return ClaimReply.model_validate_json(self._post("claim", request.model_dump_json()))
+
+    def report(self, batch: ReportBatch) -> ReportReply:
+        """Sends a batch; one that was received before changes nothing. Raises ControlPlaneError."""
+        return ReportReply.model_validate_json(self._post("reports", batch.model_dump_json()))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _post(self, action: str, body: str) -> bytes:
+        try:
+            reply = self._client.post(
+                f"{self._path}/{action}", content=body, headers={"Content-Type": "application/json"}
+            )
+        except httpx.HTTPError as error:
+            raise Unreachable(f"{type(error).__name__}: {error}") from error
+        text = f"{reply.status_code}: {reply.text[:500]}"
+        if reply.status_code in (409, 410):
+            raise Superseded(text)
+        if reply.status_code in (400, 413, 422):
+            raise Refused(text)
+        if not reply.is_success:
+            raise Unreachable(text)
+        return reply.content
+
+
+class Spool:
+    """Batches waiting on disk, in order of `seq`. When they outgrow their bound the oldest metrics are thinned, every
+    second point of a batch at a time; events and checkpoints are kept."""
+
+    def __init__(self, directory: Path, max_bytes: int = SPOOL_BYTES) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._dir = directory
+        self._max_bytes = max_bytes
+        self._sizes: dict[int, int] = {}
+        for path in sorted(directory.glob("*.json")):
+            self._sizes[int(path.stem)] = path.stat().st_size
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def add(self, batch: ReportBatch) -> None:
+        self._write(batch)
+        self._thin()
+
+    def first(self) -> ReportBatch | None:
+        """The oldest batch."""
+        return self._read(min(self._sizes)) if self._sizes else None
+
+    def remove(self, seq: int) -> None:
+        self._sizes.pop(seq)
+        self._path(seq).unlink(missing_ok=True)
+
+    def _thin(self) -> None:
+        """From the oldest batch on, until the spool fits or holds no metrics and no heartbeats any more."""
+        for seq in sorted(self._sizes):
+            while sum(self._sizes.values()) > self._max_bytes:
+                batch = self._read(seq)
+                if not batch.metrics and not batch.heartbeats:
+                    break
+                # Only the latest heartbeats mean anything; half of few points is none.
+                kept = batch.metrics[::2] if len(batch.metrics) > 3 else ()
+                self._write(batch.model_copy(update={"metrics": kept, "heartbeats": ()}))
+
+    def _write(self, batch: ReportBatch) -> None:
+        data = batch.model_dump_json().encode()
+        temporary = self._dir / f"{batch.seq}.new"
+        temporary.write_bytes(data)
+        temporary.replace(self._path(batch.seq))
+        self._sizes[batch.seq] = len(data)
+
+    def _read(self, seq: int) -> ReportBatch:
+        return ReportBatch.model_validate(json.loads(self._path(seq).read_bytes()))
+
+    def _path(self, seq: int) -> Path:
+        return self._dir / f"{seq:010d}.json"

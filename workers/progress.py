@@ -1,0 +1,65 @@
+"""Whether an attempt moves. A rank that hangs still pushes heartbeats from its reporting thread; a frozen process
+does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from configs.wire import Heartbeat
+from workers.diagnosis import Hang
+
+SLOW_PHASES = 6.0
+"""Phases without steps (building, loading, saving…) may take so many times longer than a step."""
+_STEPPING = ("training", "evaluating")
+
+
+class ProgressWatch:
+    """Watches (phase, step) of every rank. Times are seconds of a monotonic clock."""
+
+    def __init__(self, hang_timeout_s: float, silent_timeout_s: float) -> None:
+        self._hang_timeout_s = hang_timeout_s
+        self._silent_timeout_s = silent_timeout_s
+        self._seen: dict[int, tuple[str, int]] = {}
+        self._moved_at: dict[int, float] = {}
+
+    def observe(
+        self, now: float, heartbeats: Mapping[int, Heartbeat], silent_s: Mapping[int, float], ended: Collection[int]
+    ) -> Hang | None:
+        """The rank that holds the attempt up, if it stands still."""
+        for rank, beat in heartbeats.items():
+            if self._seen.get(rank) != (beat.phase, beat.step):
+                self._seen[rank] = (beat.phase, beat.step)
+                self._moved_at[rank] = now
+        live = {rank: beat for rank, beat in heartbeats.items() if rank not in ended}
+        return self._silent(live, silent_s) or self._stuck(now, live)
+
+    def _silent(self, live: Mapping[int, Heartbeat], silent_s: Mapping[int, float]) -> Hang | None:
+        """A process that says nothing while another one still speaks."""
+        silent = [r for r in live if silent_s.get(r, 0.0) > self._silent_timeout_s]
+        if not silent or len(silent) == len(live):
+            return None
+        rank = max(silent, key=lambda r: silent_s[r])
+        beat = live[rank]
+        text = (
+            f"Rank {rank} on {beat.node} (process {beat.pid}) has been silent for {silent_s[rank]:.0f} s "
+            f"in phase {beat.phase}, step {beat.step}."
+        )
+        return Hang(rank, beat.node, text)
+
+    def _stuck(self, now: float, live: Mapping[int, Heartbeat]) -> Hang | None:
+        """All live ranks stand still. A rank that waits for a peer stands still too, so one moving rank is enough."""
+        if not live:
+            return None
+        for rank, beat in live.items():
+            limit = self._hang_timeout_s * (1.0 if beat.phase in _STEPPING else SLOW_PHASES)
+            if now - self._moved_at[rank] <= limit:
+                return None
+        # The rank that is behind; among equals the one that stopped first.
+        rank = min(live, key=lambda r: (live[r].step, self._moved_at[r], r))
+        beat = live[rank]
+        others = sorted({b.step for r, b in live.items() if r != rank})
+        among = f"; the other ranks stand at step {', '.join(map(str, others))}" if others else ""
+        still = now - self._moved_at[rank]
+        place = f"phase {beat.phase}, step {beat.step}{among}"
+        text = f"Rank {rank} on {beat.node} made no progress for {still:.0f} s in {place}."
+        return Hang(rank, beat.node, text)

@@ -1,0 +1,317 @@
+"""One rank's process: from the function Ray Train calls to the last word in the hub.
+
+    redirect_output -> enter -> meet_peers -> init_ranks -> run_rank -> finish
+
+A rank never raises to Ray: how it ended is a value (RankEnd). Only a process that dies is told by Ray.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
+import structlog
+
+from configs.layout import rank_stream
+from configs.reasons import ExitReason
+from configs.service import Resources
+from configs.states import Desired
+from configs.wire import AttemptFile, Heartbeat, MetricPoint, Phase, WorkerEvent
+from workers import logs
+from workers.diagnosis import RankEnd
+from workers.hub import Push, RankInfo
+from workers.node import NodeSettings, load_node_settings, open_store
+
+if TYPE_CHECKING:
+    import torch
+
+log = structlog.get_logger(__name__)
+PUSH_INTERVAL_S = 1.0
+_MAX_BUFFERED = 50_000
+_RENDEZVOUS_S = 120.0
+_MESSAGE_CHARS = 4_000
+_HUB_LOST = 70
+"""Exit status of a rank whose driver is gone."""
+
+
+class Hub(Protocol):
+    """What a rank calls of workers.hub.ReportHub, wherever that lives."""
+
+    def enter(self, info: RankInfo) -> Desired: ...
+
+    def publish(self, address: str) -> None: ...
+
+    def rendezvous(self) -> str | None: ...
+
+    def push(self, push: Push) -> Desired: ...
+
+    def finish(self, end: RankEnd) -> None: ...
+
+
+class HubLost(Exception):
+    """The hub's process is gone, and so is the driver."""
+
+
+class RemoteHub:
+    """The hub as an actor. Calls wait for their reply."""
+
+    def __init__(self, actor: Any, timeout_s: float = 30.0) -> None:
+        self._actor = actor
+        self._timeout_s = timeout_s
+
+    def enter(self, info: RankInfo) -> Desired:
+        import ray
+
+        desired: Desired = self._get(self._actor.enter.remote(info, ray.get_runtime_context().current_actor))
+        return desired
+
+    def publish(self, address: str) -> None:
+        self._get(self._actor.publish.remote(address))
+
+    def rendezvous(self) -> str | None:
+        address: str | None = self._get(self._actor.rendezvous.remote())
+        return address
+
+    def push(self, push: Push) -> Desired:
+        desired: Desired = self._get(self._actor.push.remote(push))
+        return desired
+
+    def finish(self, end: RankEnd) -> None:
+        self._get(self._actor.finish.remote(end))
+
+    def _get(self, reference: Any) -> Any:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        try:
+            return ray.get(reference, timeout=self._timeout_s)
+        except RayActorError as error:
+            raise HubLost(str(error)) from error
+        except GetTimeoutError as error:
+            raise TimeoutError("the hub does not answer") from error
+
+
+class RankReporter:
+    """The Reporter of a rank: notes are taken under a lock, a thread pushes them every second. Training never waits."""
+
+    def __init__(
+        self, hub: Hub, info: RankInfo, on_hub_lost: Callable[[], None], interval_s: float = PUSH_INTERVAL_S
+    ) -> None:
+        self._hub = hub
+        self._info = info
+        self._on_hub_lost = on_hub_lost
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._phase: Phase = "starting"
+        self._step = 0
+        self._metrics: deque[MetricPoint] = deque(maxlen=_MAX_BUFFERED)
+        self._events: deque[WorkerEvent] = deque(maxlen=_MAX_BUFFERED)
+        self._checkpoints: list[str] = []
+        self._desired = Desired.RUN
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._thread.start()
+
+    def heartbeat(self, phase: Phase, step: int) -> None:
+        with self._lock:
+            self._phase, self._step = phase, step
+
+    def metric(self, name: str, step: int, value: float) -> None:
+        number = float(value)
+        point = MetricPoint(name=name, step=step, value=number if math.isfinite(number) else None, at=datetime.now(UTC))
+        with self._lock:
+            self._metrics.append(point)
+
+    def event(self, type_: str, message: str, data: dict[str, Any] | None = None) -> None:
+        event = WorkerEvent(type=type_, message=message, at=datetime.now(UTC), data=data or {})
+        with self._lock:
+            self._events.append(event)
+
+    def checkpoint(self, checkpoint_id: str) -> None:
+        with self._lock:
+            self._checkpoints.append(checkpoint_id)
+
+    def desired(self) -> Desired:
+        return self._desired
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def close(self) -> None:
+        """Pushes what is left and ends the thread."""
+        self._stop.set()
+        self._thread.join(timeout=self._interval_s + 30.0)
+
+    def _run(self) -> None:
+        unsent: Push | None = None
+        while True:
+            is_last = self._stop.wait(self._interval_s)
+            push = unsent or self._take()
+            try:
+                self._desired = self._hub.push(push)
+                unsent = None
+            except HubLost:
+                self._on_hub_lost()
+                return
+            except Exception:  # noqa: BLE001 - reporting must live on; the push is tried again
+                log.warning("A push failed and is repeated.", error=traceback.format_exc(limit=3))
+                unsent = push
+            if is_last:
+                if unsent is None and self._has_more():
+                    continue
+                return
+
+    def _has_more(self) -> bool:
+        with self._lock:
+            return bool(self._metrics or self._events or self._checkpoints)
+
+    def _take(self) -> Push:
+        with self._lock:
+            heartbeat = Heartbeat(
+                rank=self._info.rank,
+                node=self._info.node,
+                pid=self._info.pid,
+                phase=self._phase,
+                step=self._step,
+                at=datetime.now(UTC),
+            )
+            push = Push(heartbeat, tuple(self._metrics), tuple(self._events), tuple(self._checkpoints))
+            self._metrics.clear()
+            self._events.clear()
+            self._checkpoints = []
+        return push
+
+
+def rank_main(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker. `config`: the attempt file as JSON, the hub's handle, the rank's function."""
+    import ray
+    from ray.train import get_context
+
+    context = get_context()
+    attempt = AttemptFile.model_validate_json(config["attempt"])
+    settings = load_node_settings()
+    rank = context.get_world_rank()
+    logs.redirect_output(logs.log_path(settings.log_dir, attempt.attempt_id, rank_stream(rank)))
+    logs.configure(sys.stderr)
+    info = RankInfo(rank, ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
+    hub = RemoteHub(config["hub"])
+    hub.enter(info)
+    reporter = RankReporter(hub, info, on_hub_lost=_leave_orphaned)
+    log.info("Rank started.", rank=rank, world_size=attempt.world_size, node=info.node, pid=info.pid)
+    end = run(attempt, info, context.get_local_rank(), hub, reporter, settings, config.get("run_rank"))
+    log.info("Rank ended.", rank=rank, reason=str(end.reason), message=end.message, step=end.step)
+    reporter.close()
+    hub.finish(end)
+
+
+def run(
+    attempt: AttemptFile,
+    info: RankInfo,
+    local_rank: int,
+    hub: Hub,
+    reporter: RankReporter,
+    settings: NodeSettings,
+    run_rank: Callable[..., Any] | None = None,
+) -> RankEnd:
+    """Joins the peers and runs the attempt's work. Returns how it ended; whatever was raised is in it.
+
+    `run_rank` is workers.attempt.run_rank unless a test brings its own.
+    """
+    try:
+        resources = Resources.model_validate(attempt.spec["resources"])
+        limit_threads(resources.cpus_per_worker)
+        if run_rank is None:
+            from workers.attempt import run_rank
+        assert run_rank is not None
+        from workers.distributed import init_ranks
+
+        store = meet_peers(hub, info.rank, attempt.world_size)
+        device = "cuda:0" if resources.gpus_per_worker else "cpu"
+        ranks = init_ranks(info.rank, attempt.world_size, store, device, local_rank=local_rank)
+        outcome = run_rank(attempt, ranks, reporter, open_store(settings), settings.data_root)
+    except Exception as error:  # the top of a rank: how it ended must reach the driver
+        log.error("The rank failed.", exc_info=True)
+        return RankEnd(
+            info.rank,
+            ExitReason.STORAGE_ERROR if type(error).__name__ == "StorageError" else ExitReason.PLATFORM_ERROR,
+            node=info.node,
+            message=str(error)[:_MESSAGE_CHARS],
+            step=reporter.step,
+            error_type=type(error).__name__,
+        )
+    return RankEnd(
+        info.rank,
+        outcome.reason,
+        node=info.node,
+        message=(outcome.message or "")[:_MESSAGE_CHARS],
+        step=outcome.step,
+        checkpoint_step=outcome.checkpoint_step,
+        error_type=outcome.error_type or "",
+    )
+
+
+def limit_threads(num_threads: int) -> None:
+    """As many threads as the rank was given cores: sums on CPU also depend on it."""
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def meet_peers(hub: Hub, rank: int, world_size: int) -> torch.distributed.Store:
+    """The key-value store all ranks share. Rank 0 hosts it on its node's address, on a free port, and tells the hub.
+
+    Raises:
+        TimeoutError: rank 0 did not publish an address in time.
+    """
+    import torch.distributed as dist
+    from ray.util import get_node_ip_address
+
+    address = get_node_ip_address()
+    use_interface_of(address)
+    if rank == 0:
+        listener = socket.create_server((address, 0), backlog=2 * world_size)
+        port = listener.getsockname()[1]
+        # The store takes the descriptor over; without one it would listen on every interface.
+        store = dist.TCPStore(
+            address, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        hub.publish(f"{address}:{port}")
+        return store
+    host, _, port_text = _wait_for_address(hub).rpartition(":")
+    return dist.TCPStore(host, int(port_text), world_size, is_master=False)
+
+
+def use_interface_of(address: str) -> None:
+    """Makes gloo and NCCL talk on the network interface that has this address, unless the operator chose one."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if name != "lo":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _wait_for_address(hub: Hub) -> str:
+    deadline = time.monotonic() + _RENDEZVOUS_S
+    while (address := hub.rendezvous()) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rendezvous: rank 0 did not start within {_RENDEZVOUS_S:.0f} s")
+        time.sleep(0.05)
+    return address
+
+
+def _leave_orphaned() -> None:
+    """The driver is gone: nobody would hear of further work, and another attempt may follow."""
+    log.error("The driver is gone; this rank ends.")
+    os._exit(_HUB_LOST)

@@ -1,0 +1,177 @@
+"""The processes of an attempt's ranks: started together, ended together, and the first failure seen.
+
+Ray places, starts and kills the processes. It is not asked for retries (one group is one attempt), checkpoints, metrics
+or its own elasticity; `ray.train.report` is never called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from configs.service import Resources
+
+_MESSAGE_CHARS = 2_000
+_STOP_WAIT_S = 10.0
+TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Ranks are watched by the driver; preemption comes as an order of the control plane.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+}
+
+
+@dataclass(frozen=True)
+class ProcessFailure:
+    """What is known of a rank's process that died, or whose function raised."""
+
+    error_type: str
+    message: str
+    has_died: bool = True
+
+
+@dataclass(frozen=True)
+class GroupEnd:
+    """How a group ended: in peace if there is neither a failure nor an error."""
+
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
+    error: str = ""
+    timed_out_start: bool = False
+
+
+class WorkerGroup(Protocol):
+    """One attempt's ranks."""
+
+    def start(self) -> None:
+        """Begins to place and start the processes; returns at once."""
+        ...
+
+    def wait_first_failure(self, timeout_s: float) -> GroupEnd | None:
+        """How the group ended, as soon as one process failed or all ended; None if nothing happened in time."""
+        ...
+
+    def stop(self) -> None:
+        """Ends every process now and frees their places."""
+        ...
+
+
+class RayTrainWorkerGroup:
+    """A worker group on Ray Train V2: fixed size, no retries, named after the attempt.
+
+    Args:
+        rank_main: what each rank runs; it takes `config`, which must hold no secret (Ray shows it).
+        rank_actors: handles of the ranks that have started, by which `stop` ends them.
+        storage_dir: a local directory for what Ray Train writes at start; nothing of value goes there.
+    """
+
+    def __init__(
+        self,
+        attempt_id: str,
+        world_size: int,
+        resources: Resources,
+        rank_main: Callable[[dict[str, Any]], None],
+        config: dict[str, Any],
+        rank_actors: Callable[[], dict[int, Any]],
+        storage_dir: Path,
+        start_timeout_s: float,
+    ) -> None:
+        os.environ.update(TRAIN_ENVIRONMENT)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
+        self._rank_actors = rank_actors
+        self._end: GroupEnd | None = None
+        self._ended = threading.Event()
+        self._trainer = _Trainer(
+            rank_main,
+            train_loop_config=config,
+            scaling_config=_scaling(world_size, resources),
+            run_config=RunConfig(
+                name=attempt_id,
+                storage_path=str(storage_dir),
+                # -1 would retry a group that cannot be placed for ever.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, name="worker-group", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_first_failure(self, timeout_s: float) -> GroupEnd | None:
+        self._ended.wait(timeout_s)
+        return self._end
+
+    def stop(self) -> None:
+        """Ranks that have not entered yet end with the driver's process, as everything of its Ray job does."""
+        with contextlib.suppress(RayError):
+            for actor in self._rank_actors().values():
+                ray.kill(actor)
+        self._ended.wait(_STOP_WAIT_S)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+            self._end = GroupEnd()
+        except WorkerGroupError as error:
+            self._end = GroupEnd(failures={rank: _process_failure(e) for rank, e in error.worker_failures.items()})
+        except ControllerError as error:
+            failure = error.controller_failure
+            timed_out = isinstance(failure, WorkerGroupStartupTimeoutError)
+            self._end = GroupEnd(error=_text(failure), timed_out_start=timed_out)
+        except Exception as error:  # noqa: BLE001 - whatever ends the group is a finding for the diagnosis
+            self._end = GroupEnd(error=_text(error))
+        finally:
+            self._ended.set()
+
+
+class _Trainer(DataParallelTrainer):
+    """Without the detached actor that removes the placement group of a dead controller. A dead controller ends this
+    driver, and Ray removes a placement group when its creator and its job are both gone: one process less to start and
+    to leak."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
+def _scaling(world_size: int, resources: Resources) -> ScalingConfig:
+    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    return ScalingConfig(
+        num_workers=world_size,
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker=per_worker,
+        accelerator_type=resources.accelerator,
+        placement_strategy="PACK",
+    )
+
+
+def _process_failure(error: Exception) -> ProcessFailure:
+    cause = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
+    has_died = isinstance(cause, RayError | WorkerHealthCheckTimeoutError)
+    return ProcessFailure(type(cause).__name__, str(cause)[:_MESSAGE_CHARS], has_died)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
