@@ -19,8 +19,8 @@ from vit.model import ViT
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CENTER_CROP_RATIO = 7 / 8
-"""Side of the central crop over the resized image's shorter side (256 and 224 at the usual size)."""
+CENTER_MARGIN = 8 / 7
+"""How much larger than the model's size an image is before its centre is cropped (256 for 224, big_vision)."""
 
 
 def predict(model: ViT, images: Sequence[Image | Tensor] | Tensor, batch_size: int = 64) -> Tensor:
@@ -48,8 +48,8 @@ def predict(model: ViT, images: Sequence[Image | Tensor] | Tensor, batch_size: i
 
 
 def prepare(image: Image | Tensor, preprocess: Preprocess) -> Tensor:
-    """One normalised image, (channels, height, width) fp32: resized with antialiasing, rounded to 0..255 as stored
-    images are, then (x / 255 - mean) / std."""
+    """One normalised image, (channels, height, width) fp32: resized as uint8, then (x / 255 - mean) / std. These are
+    the pixels that evaluation sees (tested against `workers.data`)."""
     pixels = _to_uint8(image, preprocess.in_channels)
     resized = _resize(pixels, preprocess)
     mean = torch.tensor(preprocess.mean).reshape(-1, 1, 1)
@@ -73,16 +73,16 @@ def _to_uint8(image: Image | Tensor, in_channels: int) -> Tensor:
 def _resize(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     height, width = preprocess.image_size
     if preprocess.crop == "resize":
-        return _interpolate(pixels, (height, width), preprocess.interpolation)
-    scale = max(height / pixels.shape[1], width / pixels.shape[2]) / CENTER_CROP_RATIO
+        return _interpolate(pixels, (height, width), preprocess)
+    scale = max(CENTER_MARGIN * height / pixels.shape[1], CENTER_MARGIN * width / pixels.shape[2])
     size = (max(round(pixels.shape[1] * scale), height), max(round(pixels.shape[2] * scale), width))
-    resized = _interpolate(pixels, size, preprocess.interpolation)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return resized[:, top : top + height, left : left + width]
+    return _interpolate(pixels, size, preprocess)[:, top : top + height, left : left + width]
 
 
-def _interpolate(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def _interpolate(pixels: Tensor, size: tuple[int, int], preprocess: Preprocess) -> Tensor:
+    """uint8 to uint8, by the same kernel as the data pipeline."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    resized = F.interpolate(pixels[None].float(), size=size, mode=mode, align_corners=False, antialias=True)
-    return resized[0].round().clamp(0, 255).to(torch.uint8)
+    batch, mode = pixels[None], preprocess.interpolation
+    return F.interpolate(batch, size=size, mode=mode, align_corners=False, antialias=preprocess.antialias)[0]
