@@ -196,7 +196,7 @@ class _Free:
         return count
 
     def take_reserved(self, reservation: Reservation) -> None:
-        """Take what a job holds, where it is known to hold it. What no longer fits anywhere (a lost node) is dropped."""
+        """Take what a job holds, where it is known to hold it. What fits nowhere any more (a lost node) is dropped."""
         unknown = reservation.world_size
         for name in reservation.nodes[: reservation.world_size]:
             places = [i for i, node in enumerate(self.nodes) if name in (node.id, node.host)]
