@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.data import DataConfig, FolderSource, Holdout, Subset, SyntheticSource, TorchvisionSource
+from configs.datasets import num_held_out, num_in_subset
 from configs.wire import DatasetCard
 from workers.data.errors import DataError
 from workers.data.folder import open_folder
@@ -47,6 +48,9 @@ def open_data(
     """
 
     def open_split(split: str) -> ImageSource:
+        if split not in [info.name for info in card.splits]:
+            known = ", ".join(info.name for info in card.splits)
+            raise DataError(f"data set {card.name} has no split {split!r}: expected one of {known}")
         source = _open_split(data, card, split, data_root, read_index, in_channels)
         _check(source, card, split)
         return source
@@ -82,11 +86,7 @@ def _open_split(
 
 def _check(source: ImageSource, card: DatasetCard, split: str) -> None:
     """Refuse counts and labels that contradict the card: training would be on other data than was submitted."""
-    try:
-        expected = card.num_examples(split)
-    except KeyError:
-        known = ", ".join(info.name for info in card.splits)
-        raise DataError(f"data set {card.name} has no split {split!r}: expected one of {known}") from None
+    expected = card.num_examples(split)
     if len(source) != expected:
         raise DataError(
             f"split {split!r} of data set {card.name} holds {len(source)} images here and should hold {expected}: "
@@ -102,7 +102,7 @@ def _check(source: ImageSource, card: DatasetCard, split: str) -> None:
 
 def _hold_out(num_examples: int, holdout: Holdout) -> tuple[Indices, Indices]:
     """The indices to train on and those held out, each ascending; chosen by random keys, never by slice."""
-    num_held = holdout_size(num_examples, holdout.fraction)
+    num_held = num_held_out(num_examples, holdout.fraction)
     chosen = _by_random_key(random_bits(Stream.HOLDOUT, holdout.seed, np.arange(num_examples)))
     return np.sort(chosen[num_held:]), np.sort(chosen[:num_held])
 
@@ -111,7 +111,7 @@ def _subset(labels: Indices, num_classes: int, subset: Subset) -> Indices:
     """The indices of the subset, ascending. A larger fraction of one seed contains the smaller ones."""
     chosen = _by_random_key(random_bits(Stream.SUBSET, subset.seed, np.arange(len(labels))))
     if subset.fraction is not None:
-        return np.sort(chosen[: subset_size(len(labels), subset.fraction)])
+        return np.sort(chosen[: num_in_subset(len(labels), subset.fraction)])
     assert subset.per_class is not None
     counts = np.bincount(labels, minlength=num_classes)
     if counts.min() < subset.per_class:
@@ -122,15 +122,6 @@ def _subset(labels: Indices, num_classes: int, subset: Subset) -> Indices:
     by_class = chosen[np.argsort(labels[chosen], kind="stable")]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     return np.sort(by_class[(starts[:, None] + np.arange(subset.per_class)).reshape(-1)])
-
-
-def holdout_size(num_examples: int, fraction: float) -> int:
-    """How many of `num_examples` are held out."""
-    return max(1, round(fraction * num_examples))
-
-
-def subset_size(num_examples: int, fraction: float) -> int:
-    return max(1, round(fraction * num_examples))
 
 
 def _by_random_key(keys: Bits) -> Indices:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -26,15 +26,7 @@ from workers.data.idx import find_idx_files, read_idx_pair
 from workers.data.source import ArraySource, ImageSource
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-SPLITS = {
-    "FashionMNIST": ("train", "test"),
-    "MNIST": ("train", "test"),
-    "CIFAR10": ("train", "test"),
-    "CIFAR100": ("train", "test"),
-    "Flowers102": ("train", "val", "trainval", "test"),
-    "OxfordIIITPet": ("trainval", "test"),
-    "ImageNet": ("train", "val"),
-}
+_MISSING = (RuntimeError, FileNotFoundError)
 _SET_ROOT = "set PATCHWORK_DATA_ROOT (data_root in the node file) to the directory that holds data sets"
 Found = TypeVar("Found")
 
@@ -48,14 +40,12 @@ def open_torchvision(
     sets: Any = datasets,
     system_dir: Path = DEBIAN_FASHION_MNIST,
 ) -> ImageSource:
-    """The images of `split`, downloaded first if need be and allowed. `sets` offers torchvision's classes by name;
-    `system_dir` is where the system's package keeps Fashion-MNIST.
+    """The images of `split` (one that its card names), downloaded first if need be and allowed. `sets` offers
+    torchvision's classes by name; `system_dir` is where the system's package keeps Fashion-MNIST.
 
     Raises:
-        DataError: no such split; missing and not to be downloaded, or the download failed; damaged.
+        DataError: missing and not to be downloaded, or the download failed; damaged.
     """
-    if split not in SPLITS[source.name]:
-        raise DataError(f"{source.name} has no split {split!r}: expected one of {', '.join(SPLITS[source.name])}")
     if source.name in ("FashionMNIST", "MNIST"):
         return _open_mnist(source, split, data_root, channels, sets, system_dir)
     root = _torchvision_root(source, data_root)
@@ -88,10 +78,10 @@ def _open_mnist(
             pair = find_idx_files(directory, split)
             if pair is not None:
                 return pair
-        raise FileNotFoundError("looked in " + ", ".join(map(str, directories)) if directories else "no data root")
+        raise FileNotFoundError
 
     hint = "install the Debian package dataset-fashion-mnist, or " if is_fashion else ""
-    pair = _find_or_download(source, data_root, find, sets, hint)
+    pair = _find_or_download(source, data_root, directories, find, sets, hint)
     return ArraySource(source.name, *read_idx_pair(*pair), channels)
 
 
@@ -118,19 +108,27 @@ def _torchvision_root(source: TorchvisionSource, data_root: Path | None) -> Path
 
 def _open_set(source: TorchvisionSource, root: Path, sets: Any, **split: Any) -> Any:
     """torchvision's object for the set, which checks that its files are there (CIFAR, Flowers102: by MD5)."""
-    return _find_or_download(
-        source, root.parent, lambda: getattr(sets, source.name)(str(root), **split), sets, f"put it in {root}, or "
-    )
+
+    def find() -> Any:
+        return getattr(sets, source.name)(str(root), **split)
+
+    return _find_or_download(source, root.parent, [root], find, sets, "put it there in torchvision's layout, or ")
 
 
 def _find_or_download(
-    source: TorchvisionSource, data_root: Path | None, find: Callable[[], Found], sets: Any, hint: str
+    source: TorchvisionSource,
+    data_root: Path | None,
+    directories: Sequence[Path],
+    find: Callable[[], Found],
+    sets: Any,
+    hint: str,
 ) -> Found:
-    """What `find` returns, after a download if it finds nothing (RuntimeError or FileNotFoundError) and may."""
+    """What `find` returns, after a download if it finds nothing (raises _MISSING) and may."""
     try:
         return find()
-    except (RuntimeError, FileNotFoundError) as missing:
-        reason = f"{source.name} was not found, or is incomplete ({missing})"
+    except _MISSING:
+        looked = ", ".join(map(str, directories)) or "nowhere"
+        reason = f"{source.name} was not found, or is incomplete (looked in: {looked})"
     if data_root is None:
         raise DataError(f"{reason}: {hint}{_SET_ROOT}")
     if source.download == "never":
@@ -140,7 +138,7 @@ def _find_or_download(
         with _node_lock(root):
             try:
                 return find()  # Another process fetched it while this one waited for the lock.
-            except (RuntimeError, FileNotFoundError):
+            except _MISSING:
                 _download(source, root, sets)
             return find()
     except (RuntimeError, OSError, ValueError, HTTPException) as error:
