@@ -19,6 +19,7 @@ A process that dies before 3 leaves objects that nothing names; the previous che
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +48,9 @@ from workers.shards import CheckpointCorrupt, RankFiles, ShardBuffer, Wanted, re
 from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError
 from workers.versions import versions
 
-UPLOAD_DEADLINE_S = 900.0
-"""How long an upload is tried again while the store does not answer; training goes on meanwhile."""
+UPLOAD_DEADLINE_S = 480.0
+"""How long an upload is tried again while the store does not answer; training goes on meanwhile. At the end of an
+attempt all ranks wait, so it is shorter than what the driver takes for a hung save."""
 _WEIGHT = "weight"
 _T = TypeVar("_T")
 
@@ -159,24 +161,25 @@ class Checkpointer:
 
     def finish(self, progress: Progress, metrics: dict[str, float], control: ControlWord) -> ExitReason | None:
         """Save here unless this step is saved already, and wait until it is committed: None, or why it is not."""
-        failure = self._wait_for_commit(control)
+        failure = self.drain(control)
         if failure is None and self._last_step != progress.step:
             self._begin(progress, metrics)
-            failure = self._wait_for_commit(control)
+            failure = self.drain(control)
         if failure is None:
             self.committed_step = progress.step
         return failure
+
+    def drain(self, control: ControlWord) -> ExitReason | None:
+        """Wait until the save under way, if any, is committed: None, or why it is not."""
+        self._join()
+        self.settle(control.agree(self.word()))
+        self._join()
+        return control.agree(self.word()).failure
 
     def close(self) -> None:
         """Give up what is under way."""
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _wait_for_commit(self, control: ControlWord) -> ExitReason | None:
-        self._join()
-        self.settle(control.agree(self.word()))
-        self._join()
-        return control.agree(self.word()).failure
 
     def _join(self) -> None:
         if self._background is not None:
@@ -256,7 +259,7 @@ class Checkpointer:
             training_fingerprint=facts.training_fingerprint,
             data_fingerprint=facts.data_fingerprint,
             versions=versions(),
-            metrics=save.metrics,
+            metrics={name: value for name, value in save.metrics.items() if math.isfinite(value)},
             parent=facts.parent,
             model=facts.model,
             preprocess=facts.preprocess,

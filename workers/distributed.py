@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """The last resort: the driver's progress watchdog names a hung rank long before."""
@@ -31,7 +32,7 @@ class Ranks:
 
 
 def init_ranks(
-    rank: int, world_size: int, rendezvous: dist.Store | str, device: torch.device | str, local_rank: int = 0
+    rank: int, world_size: int, rendezvous: Store | str, device: torch.device | str, local_rank: int = 0
 ) -> Ranks:
     """Join the process groups of an attempt: NCCL on GPUs, gloo on CPU, and gloo for control.
 

@@ -75,7 +75,7 @@ class ShardBuffer:
     @property
     def data(self) -> memoryview:
         """The whole file."""
-        return memoryview(self._bytes.numpy())
+        return self._bytes.numpy().data
 
     def describe(self) -> ShardFile:
         """The file's entry in the manifest, with checksums of what the buffer holds now."""

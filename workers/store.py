@@ -142,7 +142,9 @@ class S3Store:
     def put(self, key: str, data: Data, *, if_none_match: bool = False) -> None:
         if not if_none_match:
             try:
-                self._client.upload_fileobj(_MemoryFile(data), self._bucket, self._prefix + key, Config=_TRANSFER)
+                self._client.upload_fileobj(
+                    io.BufferedReader(_MemoryFile(data)), self._bucket, self._prefix + key, Config=_TRANSFER
+                )
             except (ClientError, BotoCoreError, boto3.exceptions.Boto3Error) as error:
                 raise _storage_error("write", key, error) from error
             return

@@ -1,0 +1,320 @@
+"""One rank's part of an attempt: from the attempt file to an outcome.
+
+The outcome is a value, also on failure. A rank that fails returns at once, without meeting its peers in another
+collective: they may be waiting in one for it, and only the driver, which sees the first outcome that is no success,
+ends them. Errors before the first collective are no different.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+import vit
+from configs.cost import GPUS, train_flops_per_image
+from configs.data import DataConfig
+from configs.ids import parse_checkpoint_id
+from configs.layout import report_key
+from configs.model import VitConfig
+from configs.reasons import ExitReason
+from configs.resolve import load_resolved
+from configs.spec import EvaluateJob, ExportJob, TrainingJob
+from configs.states import Desired
+from configs.wire import AttemptFile, CheckpointSource, EvaluationReport, ParentCut, Phase, Preprocess
+from vit.transfer import resize_weights, transfer_weights
+from workers.checkpoint import Checkpointer, CheckpointFacts, Progress, load, read_weights
+from workers.control import LEAVES_WITH, ControlWord, Word
+from workers.data.corrupt import CorruptImage, OnCorrupt
+from workers.data.loader import EvalLoader, TrainLoader
+from workers.data.open import OpenedData, open_data
+from workers.distributed import Ranks
+from workers.engine import DeepSpeedEngine, build_engine
+from workers.evaluate import evaluate
+from workers.export import export_weights
+from workers.loop import train
+from workers.outcome import JobError, RankOutcome, outcome_of
+from workers.report import Reporter
+from workers.store import ObjectStore
+from workers.throughput import Throughput, measured_peak_flops
+
+__all__ = ["RankOutcome", "run_rank"]
+
+log = structlog.get_logger(__name__)
+
+
+def run_rank(
+    attempt: AttemptFile, ranks: Ranks, reporter: Reporter, store: ObjectStore, data_root: Path | None
+) -> RankOutcome:
+    """Do this rank's part of an attempt: train, evaluate or export. Never raises: failures are outcomes."""
+    steps = _LastStep(reporter)
+    try:
+        spec = load_resolved(attempt.spec)
+        if isinstance(spec, EvaluateJob):
+            return _evaluate(attempt, spec, ranks, steps, store, data_root)
+        if isinstance(spec, ExportJob):
+            return _export(attempt, spec, ranks, steps, store)
+        return _train(attempt, spec, ranks, steps, store, data_root)
+    except Exception as error:
+        outcome = outcome_of(error, steps.step)
+        log.exception("This rank failed.", rank=ranks.rank, step=outcome.step, reason=outcome.reason)
+        return outcome
+
+
+def _train(
+    attempt: AttemptFile,
+    spec: TrainingJob,
+    ranks: Ranks,
+    reporter: Reporter,
+    store: ObjectStore,
+    data_root: Path | None,
+) -> RankOutcome:
+    reporter.heartbeat("building", 0)
+    config, micro_batch_size = spec.model.vit(), spec.train.micro_batch_size
+    assert isinstance(micro_batch_size, int), "a resolved job names its micro-batch size"
+    opened = _open(attempt, spec.data, config, store, data_root, eval_only=False)
+    assert opened.train is not None
+    engine = _build(attempt, spec, config, ranks, store, micro_batch_size)
+
+    start = Progress()
+    if attempt.resume_from is not None:
+        reporter.heartbeat("loading", 0)
+        start = load(engine, store, attempt.resume_from.prefix, attempt.training_fingerprint)
+
+    pin_memory = ranks.device.type == "cuda"
+    eval_loader = EvalLoader(
+        opened.eval,
+        spec.data,
+        config.image_size,
+        batch_size=spec.eval.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        on_corrupt=_tell(reporter),
+        pin_memory=pin_memory,
+    )
+
+    def measure(keep_going: Any) -> dict[str, float] | None:
+        with engine.evaluating():
+            return evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
+
+    facts = _facts(attempt, spec, config, opened)
+    checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps)
+    throughput = Throughput(
+        reporter,
+        ranks,
+        spec.train.global_batch_size,
+        train_flops_per_image(config),
+        _peak_flops(ranks.device, spec.train.precision),
+    )
+    train_loader = TrainLoader(
+        opened.train,
+        spec.data,
+        config.image_size,
+        seed=spec.train.seed,
+        global_batch_size=spec.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_step=start.step,
+        on_corrupt=_tell(reporter),
+        pin_memory=pin_memory,
+    )
+    with train_loader:
+        try:
+            return train(spec, engine, train_loader, measure, checkpointer, throughput, ranks, reporter, start)
+        finally:
+            checkpointer.close()
+
+
+def _build(
+    attempt: AttemptFile,
+    spec: TrainingJob,
+    config: VitConfig,
+    ranks: Ranks,
+    store: ObjectStore,
+    micro_batch_size: int,
+) -> DeepSpeedEngine:
+    model = vit.build(config, seed=spec.train.seed)
+    if spec.kind == "finetune" and attempt.resume_from is None and ranks.is_first:
+        # Rank 0 alone reads the weights: the engine sends its model to all others.
+        source = _source(attempt)
+        state, manifest = read_weights(store, source.prefix)
+        model.load_state_dict(model.state_dict() | _transferred(state, manifest.model, config))
+    model.set_activation_checkpointing(spec.train.activation_checkpointing)
+    return build_engine(model, spec, ranks, micro_batch_size)
+
+
+def _transferred(state: dict[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+    try:
+        return transfer_weights(state, source, target)
+    except ValueError as error:
+        raise JobError(f"model: {error}") from error
+
+
+def _evaluate(
+    attempt: AttemptFile,
+    spec: EvaluateJob,
+    ranks: Ranks,
+    reporter: Reporter,
+    store: ObjectStore,
+    data_root: Path | None,
+) -> RankOutcome:
+    reporter.heartbeat("loading", 0)
+    source = _source(attempt)
+    state, manifest = read_weights(store, source.prefix)
+    config = manifest.model
+    if spec.image_size is not None:
+        config = config.model_copy(update={"image_size": (spec.image_size, spec.image_size)})
+        try:
+            state = resize_weights(state, manifest.model, config)
+        except ValueError as error:
+            raise JobError(f"image_size: {error}") from error
+    assert spec.data is not None, "a resolved evaluation names its data"
+    opened = _open(attempt, spec.data, config, store, data_root, eval_only=True)
+    model = vit.build(config)
+    model.load_state_dict(state)
+    model.to(ranks.device).eval()
+    loader = EvalLoader(
+        opened.eval,
+        spec.data,
+        config.image_size,
+        batch_size=spec.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        on_corrupt=_tell(reporter),
+        pin_memory=ranks.device.type == "cuda",
+    )
+    control, orders, num_batches = ControlWord(ranks), [Desired.RUN], 0
+
+    def keep_going() -> bool:
+        nonlocal num_batches
+        num_batches += 1
+        reporter.heartbeat("evaluating", num_batches)
+        orders[0] = control.exchange(Word(reporter.desired())).order
+        return orders[0] is Desired.RUN
+
+    reporter.heartbeat("evaluating", 0)
+    autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
+    with torch.inference_mode(), autocast:
+        metrics = evaluate(model, loader, spec.data, "softmax", ranks, keep_going)
+    control.drain()
+    if metrics is None:
+        return RankOutcome(LEAVES_WITH[orders[0]], "", num_batches)
+    if ranks.is_first:
+        report = EvaluationReport(
+            job_id=attempt.job_id,
+            checkpoint_id=manifest.checkpoint_id,
+            dataset="" if attempt.dataset is None else attempt.dataset.name,
+            split=spec.data.eval if spec.data.holdout is None else f"{spec.data.train} (held out)",
+            num_examples=int(metrics["eval/num_examples"]),
+            metrics=metrics,
+            created_at=datetime.now(UTC),
+        )
+        store.put(report_key(attempt.job_id), report.model_dump_json().encode())
+        for name, value in metrics.items():
+            reporter.metric(name, manifest.step, value)
+    reporter.heartbeat("finishing", num_batches)
+    return RankOutcome(ExitReason.COMPLETED, "", num_batches)
+
+
+def _export(attempt: AttemptFile, spec: ExportJob, ranks: Ranks, reporter: Reporter, store: ObjectStore) -> RankOutcome:
+    if ranks.is_first:
+        reporter.heartbeat("loading", 0)
+        state, manifest = read_weights(store, _source(attempt).prefix)
+        reporter.heartbeat("exporting", 0)
+        with tempfile.TemporaryDirectory(prefix="patchwork-export-") as folder:
+            try:
+                export_weights(store, attempt.job_id, spec.format, state, manifest, Path(folder))
+            except ValueError as error:
+                raise JobError(f"format: {error}") from error
+    reporter.heartbeat("finishing", 0)
+    return RankOutcome(ExitReason.COMPLETED)
+
+
+def _open(
+    attempt: AttemptFile,
+    data: DataConfig,
+    config: VitConfig,
+    store: ObjectStore,
+    data_root: Path | None,
+    eval_only: bool,
+) -> OpenedData:
+    assert attempt.dataset is not None, "an attempt that reads data names its data set"
+    if attempt.dataset.num_classes > config.num_classes:
+        raise JobError(
+            f"model.num_classes {config.num_classes}: data set {attempt.dataset.name} has {attempt.dataset.num_classes}"
+        )
+    return open_data(data, attempt.dataset, data_root, store.get, in_channels=config.in_channels, eval_only=eval_only)
+
+
+def _source(attempt: AttemptFile) -> CheckpointSource:
+    assert attempt.init_from is not None, "this kind of job starts from a checkpoint"
+    return attempt.init_from
+
+
+def _facts(attempt: AttemptFile, spec: TrainingJob, config: VitConfig, opened: OpenedData) -> CheckpointFacts:
+    assert attempt.dataset is not None
+    assert spec.schedule.total_steps is not None
+    parent = None
+    if attempt.resume_from is not None:
+        job_id, step, number = parse_checkpoint_id(attempt.resume_from.checkpoint_id)
+        parent = ParentCut(attempt=number, step=step) if job_id == attempt.job_id else None
+    return CheckpointFacts(
+        job_id=attempt.job_id,
+        attempt=attempt.number,
+        parent=parent,
+        total_steps=spec.schedule.total_steps,
+        global_batch_size=spec.train.global_batch_size,
+        optimizer=spec.optim.name,
+        spec_hash=attempt.spec_hash,
+        training_fingerprint=attempt.training_fingerprint,
+        data_fingerprint=attempt.dataset.fingerprint,
+        model=config,
+        preprocess=Preprocess(
+            image_size=config.image_size,
+            in_channels=config.in_channels,
+            mean=spec.data.mean,
+            std=spec.data.std,
+            crop=spec.data.eval_crop,
+            class_names=opened.class_names,
+        ),
+    )
+
+
+def _peak_flops(device: torch.device, precision: Any) -> float | None:
+    """FLOP/s of one device: a GPU's from its data sheet (None if we have none), a CPU's measured."""
+    if device.type == "cpu":
+        return measured_peak_flops()
+    words = re.split(r"[^A-Za-z0-9]", torch.cuda.get_device_name(device))
+    gpu = next((gpu for name, gpu in GPUS.items() if name in words), None)
+    tflops = None if gpu is None else gpu.peak_tflops(precision)
+    return None if tflops is None else tflops * 1e12
+
+
+def _tell(reporter: Reporter) -> OnCorrupt:
+    def tell(image: CorruptImage) -> None:
+        reporter.event("corrupt_image", image.message, {"index": image.index, "name": image.name, "count": image.count})
+
+    return tell
+
+
+class _LastStep:
+    """Passes everything on, and remembers the step, for the outcome of a rank that fails."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.step = 0
+        self.metric = reporter.metric
+        self.event = reporter.event
+        self.checkpoint = reporter.checkpoint
+        self.desired = reporter.desired
+
+    def heartbeat(self, phase: Phase, step: int) -> None:
+        self.step = step
+        self._reporter.heartbeat(phase, step)

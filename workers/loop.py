@@ -1,0 +1,188 @@
+"""The training loop.
+
+Between two steps lies a boundary, where all ranks do the same thing in the same order:
+
+1. read the control word of the last boundary and issue the next: orders, failures, finished uploads
+2. evaluate, if it is time
+3. begin a checkpoint, if it is time
+
+and then one step: learning rate; for each micro-batch seed, forward, loss, backward; update; report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.reasons import ExitReason
+from configs.spec import TrainingJob
+from configs.states import Desired
+from vit.losses import classification_loss
+from vit.schedule import learning_rate
+from workers.checkpoint import Checkpointer, Progress
+from workers.control import LEAVES_WITH, ControlWord
+from workers.data.loader import TrainLoader, normalise
+from workers.distributed import Ranks
+from workers.engine import Engine
+from workers.outcome import RankOutcome
+from workers.randomness import seed_micro_step
+from workers.report import Reporter
+from workers.throughput import Throughput
+
+Evaluate = Callable[[Callable[[], bool]], dict[str, float] | None]
+"""Measures the model as it is now; asks its argument after each batch whether to go on; None if it was told not to."""
+
+
+def train(
+    spec: TrainingJob,
+    engine: Engine,
+    loader: TrainLoader,
+    evaluate: Evaluate,
+    checkpointer: Checkpointer,
+    throughput: Throughput,
+    ranks: Ranks,
+    reporter: Reporter,
+    start: Progress,
+) -> RankOutcome:
+    """Train a resolved job from `start` to its last step, an order to leave, or a failure.
+
+    `loader` begins at `start.step`. Every rank calls this with the same job and start, and leaves after the same step.
+    The step is at a boundary the number of global batches consumed; a skipped one consumed its batch too.
+    """
+    data, options, total_steps = spec.data, spec.train, spec.schedule.total_steps
+    assert total_steps is not None, "epochs and examples are steps in a resolved job"
+    control = ControlWord(ranks)
+    progress = start
+
+    while True:
+        reporter.heartbeat("training", progress.step)
+        is_last = progress.step == total_steps
+        is_new = progress.step > start.step
+
+        # What all ranks decided at the last boundary.
+        word = control.exchange(checkpointer.word(reporter.desired()))
+        checkpointer.settle(word)
+        if word.failure is not None:
+            control.drain()
+            return _stopped(word.failure, checkpointer, progress)
+        if word.order is not Desired.RUN:
+            return _leave(LEAVES_WITH[word.order], {}, checkpointer, control, reporter, progress, worth_saving=is_new)
+
+        measured: dict[str, float] = {}
+        if (is_new and _is_due(spec.eval.every_steps, progress.step)) or (is_last and spec.eval.at_end):
+            reporter.heartbeat("evaluating", progress.step)
+            result = evaluate(lambda: _may_go_on(control, checkpointer, reporter))
+            if result is None:
+                continue  # to read why
+            measured = result
+            if ranks.is_first:
+                for name, value in measured.items():
+                    reporter.metric(name, progress.step, value)
+            reporter.heartbeat("training", progress.step)
+
+        if is_last:
+            return _leave(ExitReason.COMPLETED, measured, checkpointer, control, reporter, progress)
+        if is_new:
+            checkpointer.maybe_save(progress, measured)
+
+        # One step.
+        started, waited_before = time.perf_counter(), loader.wait_s
+        lr = learning_rate(
+            progress.step, spec.optim.lr, spec.schedule.warmup_steps or 0, total_steps, spec.schedule.decay
+        )
+        micro_batches = next(loader)
+        loss = torch.zeros((), device=ranks.device)
+        for a, batch in enumerate(micro_batches):
+            seed_micro_step(options.seed, progress.step, a * ranks.world_size + ranks.rank)
+            images = normalise(batch.images.to(ranks.device, non_blocking=True), data.mean, data.std)
+            labels = batch.labels.to(ranks.device, non_blocking=True)
+            micro_loss = classification_loss(engine.forward(images), labels, options.loss, options.label_smoothing)
+            engine.backward(micro_loss)
+            loss += micro_loss.detach() / len(micro_batches)
+        update = engine.step(lr)
+        progress = _advance(progress, update.applied)
+        throughput.add(time.perf_counter() - started, loader.wait_s - waited_before)
+
+        if not update.applied:
+            if ranks.is_first:
+                _report_skip(reporter, progress, options.global_batch_size)
+            if progress.nonfinite_steps >= options.max_nonfinite_steps:
+                checkpointer.drain(control)
+                return RankOutcome(
+                    ExitReason.NAN_LOSS,
+                    f"the gradient was not finite for {progress.nonfinite_steps} steps in a row, up to step "
+                    f"{progress.step} (learning rate {lr:.3g})",
+                    progress.step,
+                    checkpointer.committed_step,
+                )
+
+        if progress.step % options.log_every_steps == 0 or progress.step in (start.step + 1, total_steps):
+            mean_loss = _mean_over_ranks(loss, ranks)
+            if ranks.is_first:
+                reporter.metric("train/loss", progress.step, float(mean_loss))
+                reporter.metric("train/lr", progress.step, lr)
+                reporter.metric("train/grad_norm", progress.step, update.grad_norm)
+            throughput.report(progress.step)
+
+
+def _advance(progress: Progress, applied: bool) -> Progress:
+    if applied:
+        return replace(progress, step=progress.step + 1, nonfinite_steps=0)
+    return Progress(progress.step + 1, progress.skipped_steps + 1, progress.nonfinite_steps + 1)
+
+
+def _is_due(every_steps: int | None, step: int) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _may_go_on(control: ControlWord, checkpointer: Checkpointer, reporter: Reporter) -> bool:
+    """During an evaluation: exchange words after each batch, so that an order is not kept waiting for its end."""
+    word = control.exchange(checkpointer.word(reporter.desired()))
+    checkpointer.settle(word)
+    return word.order is Desired.RUN and word.failure is None
+
+
+def _leave(
+    reason: ExitReason,
+    measured: dict[str, float],
+    checkpointer: Checkpointer,
+    control: ControlWord,
+    reporter: Reporter,
+    progress: Progress,
+    worth_saving: bool = True,
+) -> RankOutcome:
+    """Save and leave. If nothing was done since the start there is nothing to save."""
+    reporter.heartbeat("saving", progress.step)
+    if worth_saving:
+        failure = checkpointer.finish(progress, measured, control)
+        if failure is not None:
+            return _stopped(failure, checkpointer, progress)
+    else:
+        control.drain()
+    reporter.heartbeat("finishing", progress.step)
+    return RankOutcome(reason, "", progress.step, checkpointer.committed_step)
+
+
+def _stopped(failure: ExitReason, checkpointer: Checkpointer, progress: Progress) -> RankOutcome:
+    """Leave because a checkpoint could not be written, by this rank or another."""
+    message = checkpointer.failure_message or "another rank could not write its part of a checkpoint"
+    return RankOutcome(failure, message, progress.step, checkpointer.committed_step)
+
+
+def _report_skip(reporter: Reporter, progress: Progress, global_batch_size: int) -> None:
+    last = progress.step * global_batch_size
+    reporter.event(
+        "step_skipped",
+        f"step {progress.step} changed nothing: its gradient was not finite",
+        {"step": progress.step, "positions": [last - global_batch_size, last], "in_a_row": progress.nonfinite_steps},
+    )
+
+
+def _mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+    dist.all_reduce(value)
+    return value / ranks.world_size
