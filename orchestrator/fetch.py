@@ -1,0 +1,269 @@
+"""Take a checkpoint's weights away: verified, resumable, assembled into a folder that `vit.load` opens.
+
+    <folder>/
+        model.safetensors   every weight whole, fp32
+        config.json         ModelFile; written last
+        .parts-<checkpoint> while it is under way: the shard files as far as they have come
+
+Only shards that hold weights are read, in ranges of one block (8 MiB), several at a time. Every block is checked against
+the CRC32C in the manifest before it counts. After a cut the blocks that are there are checked and not read again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+import httpx
+import numpy as np
+
+from configs.wire import BLOCK_BYTES, Manifest, ModelFile, ShardFile, TensorSlice
+from orchestrator.client import Client, PatchworkError, Unreachable, check
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+_FP32_BYTES = 4
+_NUM_TRIES = 4
+
+
+class FetchError(PatchworkError):
+    """The checkpoint could not be fetched; what has come stays and is used by the next try."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What lies in the folder now."""
+
+    folder: Path
+    checkpoint_id: str
+    num_bytes: int
+    """Of the shards."""
+    num_bytes_read: int
+    """Over the network, this time."""
+    num_parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    shard: ShardFile
+    number: int
+    part: Path
+
+    @property
+    def start(self) -> int:
+        return self.number * BLOCK_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        return min(BLOCK_BYTES, self.shard.num_bytes - self.start)
+
+
+def fetch(
+    client: Client,
+    reference: str,
+    folder: Path,
+    *,
+    force: bool = False,
+    num_threads: int = 8,
+    on_start: Callable[[str, int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Fetched:
+    """Fetch the weights of a checkpoint (`ckpt_…`, `job_…/best`, `job_…/latest` or a job) into `folder`.
+
+    Args:
+        force: replace a model that is there.
+        on_start: told the checkpoint's id and the bytes to come.
+        on_bytes: told of every block that is there and verified, in bytes; by several threads.
+
+    Raises:
+        FileExistsError: a model is there and `force` is not set.
+        FetchError: bytes are missing or wrong after several tries, or the disk is too small.
+        ApiError, Unreachable, LookupError: from the server.
+    """
+    started = time.monotonic()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (folder / name).exists() and not force:
+            raise FileExistsError(
+                f"{folder / name} is there already: choose another folder, or replace it with --force"
+            )
+    checkpoint_id = client.checkpoints.find(reference).id
+    manifest = client.checkpoints.manifest(checkpoint_id)
+    shards = [file for file in manifest.files if file.role == "weights"]
+    total = sum(shard.num_bytes for shard in shards)
+    parts = folder / f".parts-{checkpoint_id}"
+    parts.mkdir(parents=True, exist_ok=True)
+    _check_space(folder, 2 * total)
+    if on_start is not None:
+        on_start(checkpoint_id, total)
+    num_bytes_read = _Download(client, checkpoint_id, num_threads, on_bytes or (lambda _: None)).run(
+        [_Block(s, n, parts / f"{i:05d}") for i, s in enumerate(shards) for n in range(len(s.crc32c))]
+    )
+    with (parts / WEIGHTS_NAME).open("wb") as file:
+        _assemble(manifest, {shard.name: parts / f"{i:05d}" for i, shard in enumerate(shards)}, file)
+    _publish(manifest, parts, folder)
+    return Fetched(
+        folder=folder,
+        checkpoint_id=checkpoint_id,
+        num_bytes=total,
+        num_bytes_read=num_bytes_read,
+        num_parameters=sum(int(np.prod(shape)) for shape in manifest.tensors.values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FetchError(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed while fetching")
+
+
+# -- download ----------------------------------------------------------------------------------------------------------
+class _Download:
+    """Reads the blocks that are not there yet, each verified before it counts."""
+
+    def __init__(self, client: Client, checkpoint_id: str, num_threads: int, on_bytes: Callable[[int], None]) -> None:
+        self._client = client
+        self._checkpoint_id = checkpoint_id
+        self._num_threads = num_threads
+        self._on_bytes = on_bytes
+        self._stop = threading.Event()
+
+    def run(self, blocks: list[_Block]) -> int:
+        """Returns the bytes that were read from the server."""
+        for part in {block.part for block in blocks}:
+            part.touch()
+        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="fetch")
+        try:
+            futures = [pool.submit(self._ensure, block) for block in blocks]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            done = [future for future in futures if future.done()]
+            # The first error is the cause; the others follow from stopping.
+            return sum(future.result() for future in (done if len(done) < len(futures) else futures))
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _ensure(self, block: _Block) -> int:
+        """Have the block on disk, verified. Returns the bytes that were read for it."""
+        with block.part.open("r+b") as part:
+            part.seek(block.start)
+            if _is_right(part.read(block.num_bytes), block):
+                self._on_bytes(block.num_bytes)
+                return 0
+            data = self._read_verified(block)
+            part.seek(block.start)
+            part.write(data)
+        self._on_bytes(block.num_bytes)
+        return len(data)
+
+    def _read_verified(self, block: _Block) -> bytes:
+        problem = ""
+        for trial in range(_NUM_TRIES):
+            if self._stop.is_set():
+                raise FetchError("stopped")
+            try:
+                data = self._read(block)
+            except (httpx.TransportError, Unreachable) as error:
+                problem = f"could not be read: {error}"
+            else:
+                if _is_right(data, block):
+                    return data
+                problem = f"has {len(data)} bytes that do not match its checksum, {block.num_bytes} were expected"
+            self._stop.wait(0.2 * 3**trial)
+        raise FetchError(
+            f"{self._checkpoint_id}: bytes {block.start} to {block.start + block.num_bytes} of {block.shard.name} "
+            f"{problem} ({_NUM_TRIES} tries). Nothing of it was used; run the same command again to go on."
+        )
+
+    def _read(self, block: _Block) -> bytes:
+        headers = {"Range": f"bytes={block.start}-{block.start + block.num_bytes - 1}", "Accept-Encoding": "identity"}
+        with self._client.checkpoints.read(self._checkpoint_id, block.shard.name, headers) as response:
+            if response.status_code in (429, 500, 502, 503, 504):
+                raise Unreachable(f"{response.request.url.host} answered {response.status_code}")
+            if not response.is_success:
+                response.read()
+                check(response)
+            data = bytearray()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > block.num_bytes or self._stop.is_set():
+                    # More than was asked for: a server that ignores Range would send the whole file.
+                    break
+        return bytes(data)
+
+
+def _is_right(data: bytes, block: _Block) -> bool:
+    return len(data) == block.num_bytes and google_crc32c.value(data) == block.shard.crc32c[block.number]
+
+
+# -- assemble ----------------------------------------------------------------------------------------------------------
+def _assemble(manifest: Manifest, parts: dict[str, Path], out: BinaryIO) -> None:
+    """Write one safetensors file of whole tensors from the 1-D runs in the shards; one tensor in memory at a time."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in sorted(manifest.tensors.items()):
+        num_bytes = _FP32_BYTES * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + num_bytes]}
+        position += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+    pieces: dict[str, list[tuple[Path, int, TensorSlice]]] = {name: [] for name in manifest.tensors}
+    for shard in manifest.files:
+        if shard.role == "weights":
+            for offset, piece in _places(shard):
+                if piece.kind == "weight":
+                    pieces[piece.name].append((parts[shard.name], offset, piece))
+    for name, shape in sorted(manifest.tensors.items()):
+        out.write(_whole(name, int(np.prod(shape)), pieces[name]))
+
+
+def _places(shard: ShardFile) -> Iterator[tuple[int, TensorSlice]]:
+    """Each slice with its byte offset: they lie without gaps, in the manifest's order, at the end of the file."""
+    offset = shard.num_bytes - _FP32_BYTES * sum(piece.numel for piece in shard.slices)
+    for piece in shard.slices:
+        yield offset, piece
+        offset += _FP32_BYTES * piece.numel
+
+
+def _whole(name: str, numel: int, pieces: list[tuple[Path, int, TensorSlice]]) -> bytes:
+    values = np.empty(numel, dtype="<f4")
+    end = 0
+    for path, offset, piece in sorted(pieces, key=lambda p: p[2].start):
+        if piece.start > end or piece.start + piece.numel > numel:
+            raise FetchError(f"the checkpoint's shards do not hold {name} without gaps: element {end} is missing")
+        values[piece.start : piece.start + piece.numel] = np.fromfile(path, "<f4", piece.numel, offset=offset)
+        end = max(end, piece.start + piece.numel)
+    if end != numel:
+        raise FetchError(f"the checkpoint's shards hold {end} of {numel} elements of {name}")
+    return values.tobytes()
+
+
+def _publish(manifest: Manifest, parts: Path, folder: Path) -> None:
+    """Put both files in place; config.json goes first and comes last, so that a torn pair is never a model."""
+    model_file = ModelFile(
+        model=manifest.model,
+        preprocess=manifest.preprocess,
+        checkpoint_id=manifest.checkpoint_id,
+        job_id=manifest.job_id,
+        step=manifest.step,
+        metrics=manifest.metrics,
+    )
+    (parts / CONFIG_NAME).write_text(model_file.model_dump_json(indent=2) + "\n")
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        with (parts / name).open("rb") as file:
+            os.fsync(file.fileno())
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (parts / name).replace(folder / name)
+    shutil.rmtree(parts)
