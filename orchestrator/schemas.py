@@ -318,7 +318,7 @@ class ClusterPublic(Stored):
 
 # -- tokens, health ----------------------------------------------------------------------
 class TokenCreate(Strict):
-    name: Label
+    name: Annotated[Label, Field(max_length=64, description="Written beside every change made with it.")]
     role: Role = "member"
     expires_in_s: Annotated[int, Field(ge=60, le=315_360_000)] | None = Field(None, description="null: never.")
 

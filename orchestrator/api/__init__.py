@@ -1,0 +1,1 @@
+"""Routes: each one parses, calls one service and names its public model."""

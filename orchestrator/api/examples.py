@@ -1,0 +1,56 @@
+"""Bodies shown in the OpenAPI document. Tests submit them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRETRAIN: dict[str, Any] = {
+    "spec": {
+        "kind": "pretrain",
+        "name": "fashion-small",
+        "labels": {"team": "vision"},
+        "model": {
+            "patch_size": 7,
+            "embed_dim": 64,
+            "depth": 4,
+            "num_heads": 4,
+            "mlp_dim": 128,
+            "image_size": 28,
+            "in_channels": 1,
+        },
+        "data": {"source": {"type": "torchvision", "name": "FashionMNIST"}},
+        "schedule": {"total_epochs": 5, "warmup_steps": 100},
+        "train": {"global_batch_size": 128},
+        "zero": {"stage": 1},
+        "resources": {"workers": 2, "gpus_per_worker": 0},
+    },
+    "overrides": {"optim.lr": 0.003},
+}
+
+FINETUNE: dict[str, Any] = {
+    "spec": {
+        "kind": "finetune",
+        "name": "fashion-small-42",
+        "init_from": "job_01JD3Q8Z6M0000000000000000/best",
+        "model": {"image_size": 42, "in_channels": 1},
+        "data": {"source": {"type": "torchvision", "name": "FashionMNIST"}},
+        "optim": {"name": "sgd", "lr": 0.03},
+        "schedule": {"total_steps": 500, "warmup_steps": 50},
+        "train": {"global_batch_size": 128},
+        "resources": {"workers": 2, "gpus_per_worker": 0},
+        "queue": {"depends_on": ["job_01JD3Q8Z6M0000000000000000"]},
+    }
+}
+
+EXPORT: dict[str, Any] = {
+    "spec": {
+        "kind": "export",
+        "name": "fashion-small-timm",
+        "init_from": "job_01JD3Q8Z6M0000000000000000/best",
+        "format": "timm",
+        "resources": {"gpus_per_worker": 0},
+    }
+}
+
+DATASET: dict[str, Any] = {"name": "flowers", "path": "flowers"}
+TOKEN: dict[str, Any] = {"name": "ci", "role": "member", "expires_in_s": 2592000}

@@ -1,0 +1,155 @@
+"""Jobs: submit, look, steer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from configs.plan import Plan
+from configs.states import JobState
+from orchestrator import jobs, submission
+from orchestrator.api.examples import EXPORT, FINETUNE, PRETRAIN
+from orchestrator.deps import (
+    Cursor,
+    IdempotencyKey,
+    JobId,
+    Limit,
+    Member,
+    PrintableText,
+    RawBody,
+    ServicesDep,
+    Viewer,
+    body_schema,
+)
+from orchestrator.idempotency import key_for
+from orchestrator.problems import declares
+from orchestrator.schemas import JobCreate, JobPage, JobPreview, JobPublic, PlanCreate
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+IfMatch = Annotated[str | None, Header(max_length=200, description="Act only on this version (a job's etag).")]
+_SUBMIT_BODY = body_schema(
+    JobCreate, yaml=True, examples={"pretrain": PRETRAIN, "finetune": FINETUNE, "export": EXPORT}
+)
+_PLAN_BODY = body_schema(PlanCreate, yaml=True, examples={"pretrain": {**PRETRAIN, "gpu": "H100:8"}})
+
+
+def is_yaml(request: Request) -> bool:
+    """Whether the body is a job file rather than {"spec": …}."""
+    return "yaml" in request.headers.get("content-type", "").lower()
+
+
+@router.post(
+    "/jobs",
+    status_code=201,
+    operation_id="create_job",
+    openapi_extra=_SUBMIT_BODY,
+    responses={
+        200: {"model": JobPreview, "description": "With dry_run: what would be stored. Nothing is."},
+        201: {"model": JobPublic, "description": "Queued; or replayed, then with Idempotent-Replayed: true."},
+        **declares(401, 403, 409, 413, 422, 503),
+    },
+)
+def create_job(
+    request: Request,
+    services: ServicesDep,
+    actor: Member,
+    body: RawBody,
+    idempotency_key: IdempotencyKey = None,
+    dry_run: Annotated[bool, Query(description="Check and plan only.")] = False,
+) -> Response:
+    """Submit a job. Everything wrong with it is said at once; nothing is stored of it then."""
+    yaml = is_yaml(request)
+    parsed = submission.parse_request(body, is_yaml=yaml)
+    if dry_run:
+        return JSONResponse(submission.preview_job(services.db, parsed).model_dump(mode="json"))
+    key = key_for(actor, idempotency_key, b"create_job", b"yaml" if yaml else b"json", body)
+    return _created(submission.submit_job(services.db, actor, parsed, key))
+
+
+@router.post(
+    "/jobs/{job_id}/retry",
+    status_code=201,
+    operation_id="retry_job",
+    responses={201: {"model": JobPublic}, **declares(401, 403, 404, 409, 413, 422, 503)},
+)
+def retry_job(
+    services: ServicesDep,
+    actor: Member,
+    job_id: JobId,
+    idempotency_key: IdempotencyKey = None,
+    resume: Annotated[bool, Query(description="Continue from the job's last checkpoint, if it left one.")] = True,
+) -> Response:
+    """Queue a copy of a job that failed or was cancelled."""
+    key = key_for(actor, idempotency_key, b"retry_job", job_id.encode(), str(resume).encode())
+    return _created(submission.retry_job(services.db, actor, job_id, resume, key))
+
+
+def _created(submitted: submission.Submitted) -> Response:
+    headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
+    if submitted.replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(submitted.answer.body, submitted.answer.status, headers, media_type="application/json")
+
+
+@router.post("/plans", operation_id="create_plan", openapi_extra=_PLAN_BODY, responses=declares(401, 413, 422, 503))
+def create_plan(request: Request, services: ServicesDep, _: Viewer, body: RawBody) -> Plan:
+    """Say what a job would take: memory by ZeRO stage, steps, operations, hours. Nothing is stored."""
+    parsed = submission.parse_request(body, is_yaml=is_yaml(request), model=PlanCreate)
+    return submission.plan_job(services.db, parsed)
+
+
+@router.get("/jobs", operation_id="list_jobs", responses=declares(401, 422, 503))
+def list_jobs(
+    services: ServicesDep,
+    _: Viewer,
+    state: Annotated[list[JobState] | None, Query(description="Any of these.")] = None,
+    kind: Annotated[PrintableText | None, Query(examples=["pretrain"])] = None,
+    project: Annotated[PrintableText | None, Query()] = None,
+    label: Annotated[list[PrintableText] | None, Query(description="key=value; all of them.")] = None,
+    name: Annotated[PrintableText | None, Query(description="A part of the name, in any case.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> JobPage:
+    """Jobs, the newest first."""
+    wanted = jobs.JobFilter(tuple(state or ()), kind, project, name, tuple(label or ()))
+    return jobs.list_jobs(services.db, wanted, limit, cursor)
+
+
+@router.get("/jobs/{job_id}", operation_id="get_job", responses=declares(401, 404, 503))
+def get_job(services: ServicesDep, _: Viewer, job_id: JobId, response: Response) -> JobPublic:
+    """One job: what was asked, where it stands, what it cost."""
+    return _with_etag(jobs.get_job(services.db, job_id), response)
+
+
+_STEERED: dict[int | str, dict[str, Any]] = declares(401, 403, 404, 409, 412, 413, 422, 503)
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202, operation_id="cancel_job", responses=_STEERED)
+def cancel_job(
+    services: ServicesDep, actor: Member, job_id: JobId, response: Response, if_match: IfMatch = None
+) -> JobPublic:
+    """Ask for the job's end. A running job saves a checkpoint and leaves."""
+    return _with_etag(jobs.cancel_job(services.db, actor, job_id, if_match), response)
+
+
+@router.post("/jobs/{job_id}/pause", status_code=202, operation_id="pause_job", responses=_STEERED)
+def pause_job(
+    services: ServicesDep, actor: Member, job_id: JobId, response: Response, if_match: IfMatch = None
+) -> JobPublic:
+    """Ask the job to save a checkpoint and leave its workers until it is resumed."""
+    return _with_etag(jobs.pause_job(services.db, actor, job_id, if_match), response)
+
+
+@router.post("/jobs/{job_id}/resume", status_code=202, operation_id="resume_job", responses=_STEERED)
+def resume_job(
+    services: ServicesDep, actor: Member, job_id: JobId, response: Response, if_match: IfMatch = None
+) -> JobPublic:
+    """Let a paused job back into the queue."""
+    return _with_etag(jobs.resume_job(services.db, actor, job_id, if_match), response)
+
+
+def _with_etag(job: JobPublic, response: Response) -> JobPublic:
+    response.headers["ETag"] = job.etag
+    return job
