@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -189,7 +189,7 @@ def _row(manifest: Manifest, valid: bool) -> dict[str, Any]:
         "preprocess": manifest.preprocess.model_dump(mode="json"),
         "valid": valid,
         "pinned": False,
-        "created_at": manifest.created_at,
+        "created_at": manifest.created_at if manifest.created_at.tzinfo else manifest.created_at.replace(tzinfo=UTC),
     }
 
 
@@ -259,7 +259,7 @@ def sweep(db: Database, store: ObjectStore, job_id: str) -> list[str]:
         rows = session.execute(
             select(CheckpointRow.prefix, CheckpointRow.deleted_at).where(CheckpointRow.job_id == job_id)
         )
-        deleted_at = {prefix: deleted for prefix, deleted in rows}
+        deleted_at = {row.prefix: row.deleted_at for row in rows}
         ended = set(
             session.scalars(
                 select(AttemptRow.number).where(AttemptRow.job_id == job_id, AttemptRow.state == AttemptState.ENDED)

@@ -130,8 +130,8 @@ def _held_back(job: WaitingJob, view: ClusterView, position: int) -> Wait | None
     if view.nodes is None:
         return Wait(job.job_id, QueueReason.CLUSTER_UNREACHABLE, "The Ray cluster does not answer.", position)
     if job.not_before is not None and job.not_before > view.now:
-        seconds = math.ceil((job.not_before - view.now).total_seconds())
-        return Wait(job.job_id, QueueReason.BACKING_OFF, f"Tries again in {seconds} s.", position)
+        message = f"Tries again at {job.not_before:%H:%M:%S} UTC."
+        return Wait(job.job_id, QueueReason.BACKING_OFF, message, position)
     return _too_large(job, view.nodes, position)
 
 

@@ -30,7 +30,7 @@ class JobEvent(StrEnum):
     LAUNCH = "launch"
     """An attempt was written down and is about to be submitted."""
     READY = "ready"
-    """Every rank has reported."""
+    """Every rank has reported, or a pause was withdrawn before the attempt left."""
     LOSE = "lose"
     """The attempt ended and another one will follow, on the reserved workers."""
     REQUEUE = "requeue"
@@ -54,6 +54,7 @@ TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
     (_Q, JobEvent.LAUNCH): _PREP,
     (_PREP, JobEvent.READY): _RUN,
     (_REC, JobEvent.READY): _RUN,
+    (_PAUSING, JobEvent.READY): _RUN,
     (_PREP, JobEvent.LOSE): _REC,
     (_RUN, JobEvent.LOSE): _REC,
     (_PAUSING, JobEvent.LOSE): _REC,
