@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,7 +146,6 @@ def start_workers(
         rank_main,
         # No secret: Ray shows this to whoever asks. Nodes have their own settings.
         {"attempt": attempt.model_dump_json(), "hub": actor, "run_rank": run_rank},
-        hub.actors,
         scratch,
         settings.start_timeout_s,
     )
@@ -164,10 +163,6 @@ class HubActor:
         """Raises RayError or GetTimeoutError if the hub is gone."""
         drained: Drained = ray.get(self._actor.drain.remote(desired), timeout=_HUB_TIMEOUT_S)
         return drained
-
-    def actors(self) -> dict[int, Any]:
-        actors: dict[int, Any] = ray.get(self._actor.actors.remote(), timeout=5.0)
-        return actors
 
 
 # -- 4 -----------------------------------------------------------------------------------------------------------------
@@ -373,6 +368,14 @@ def own_attempt_id(environment: Mapping[str, str]) -> str:
     return attempt_id
 
 
+def keep_environment_to_driver(environment: MutableMapping[str, str]) -> None:
+    """Takes this Ray job's environment variables (how long Ray waits for the driver to stop) out of what `ray.init`
+    will give every actor: with a runtime environment they could not use the processes Ray has already started."""
+    config = json.loads(environment["RAY_JOB_CONFIG_JSON_ENV_VAR"])
+    (config.get("runtime_env") or {}).pop("env_vars", None)
+    environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(config)
+
+
 def main(run_rank: Callable[..., Any] | None = None) -> int:
     """Drives this Ray job's attempt to its end. Returns the exit status."""
     logs.configure(sys.stderr)
@@ -383,9 +386,10 @@ def main(run_rank: Callable[..., Any] | None = None) -> int:
         attempt_id = own_attempt_id(os.environ)
         settings = load_node_settings()
         with logs.open_stream(logs.log_path(settings.log_dir, attempt_id, "driver")) as file:
-            logs.configure(logs.Tee(sys.stderr, file))
+            logs.configure(sys.stderr, file)
             store = open_store(settings)
             attempt = read_attempt(store, attempt_id)
+            keep_environment_to_driver(os.environ)
             ray.init(log_to_driver=False, logging_level="warning")
             # ray.init brings a handler of its own.
             signal.signal(signal.SIGTERM, lambda *_: terminated.set())

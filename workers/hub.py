@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from configs.states import Desired
 from configs.wire import Heartbeat, MetricPoint, WorkerEvent
@@ -65,7 +64,6 @@ class ReportHub:
         self._desired = Desired.RUN
         self._address: str | None = None
         self._infos: dict[int, RankInfo] = {}
-        self._actors: dict[int, Any] = {}
         self._heartbeats: dict[int, Heartbeat] = {}
         self._heard: dict[int, float] = {}
         self._ends: dict[int, RankEnd] = {}
@@ -74,10 +72,9 @@ class ReportHub:
         self._checkpoints: list[str] = []
         self._dropped = 0
 
-    def enter(self, info: RankInfo, actor: Any = None) -> Desired:
-        """A rank has started; `actor` is the handle by which the driver can end it."""
+    def enter(self, info: RankInfo) -> Desired:
+        """A rank has started."""
         self._infos[info.rank] = info
-        self._actors[info.rank] = actor
         self._heard[info.rank] = self._clock()
         return self._desired
 
@@ -104,10 +101,6 @@ class ReportHub:
         """A rank's last word. The first one counts."""
         self._ends.setdefault(end.rank, replace(end, order=len(self._ends)))
         self._heard[end.rank] = self._clock()
-
-    def actors(self) -> dict[int, Any]:
-        """Handles of the ranks that entered."""
-        return {rank: actor for rank, actor in self._actors.items() if actor is not None}
 
     def drain(self, desired: Desired) -> Drained:
         """Everything since the last drain; sets the order that ranks get from now on."""

@@ -17,7 +17,7 @@ import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 from pydantic import ValidationError
@@ -54,8 +54,8 @@ def open_stream(path: Path) -> TextIO:
     return os.fdopen(open_log(path), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
 
 
-class Tee(io.TextIOBase):
-    """Writes to several text streams: the driver's lines go to its own file and to Ray's job log."""
+class _Tee(io.TextIOBase):
+    """Several text streams as one: the driver's lines go to its own file and to Ray's job log."""
 
     def __init__(self, *streams: TextIO) -> None:
         self._streams = streams
@@ -86,8 +86,9 @@ def redirect_output(path: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
 
-def configure(stream: TextIO | Tee) -> None:
-    """structlog and the standard library's logging write JSON lines to `stream`. Keys that sound secret are masked."""
+def configure(*streams: TextIO) -> None:
+    """structlog and the standard library's logging write JSON lines to these streams. Secrets by name are masked."""
+    stream = streams[0] if len(streams) == 1 else cast(TextIO, _Tee(*streams))
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="t"),
@@ -105,6 +106,8 @@ def configure(stream: TextIO | Tee) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    for chatty in ("httpx", "httpcore", "botocore", "boto3", "urllib3", "s3transfer"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 class _JsonFormatter(logging.Formatter):

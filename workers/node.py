@@ -42,7 +42,7 @@ class NodeSettings(BaseSettings):
     hang_timeout_s: Seconds = Field(100.0, description="No step of a rank for so long: WORKER_HUNG.")
     silent_timeout_s: Seconds = Field(30.0, description="Nothing heard of a rank for so long while others speak.")
     stop_grace_s: Seconds = Field(60.0, description="From an order to leave until the ranks are ended.")
-    term_grace_s: Seconds = Field(20.0, description="The same after SIGTERM; less than RAY_JOB_STOP_WAIT_TIME_S.")
+    term_grace_s: Seconds = Field(5.0, description="The same after SIGTERM; less than RAY_JOB_STOP_WAIT_TIME_S.")
 
 
 def load_node_settings() -> NodeSettings:

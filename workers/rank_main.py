@@ -33,7 +33,7 @@ from workers.hub import Push, RankInfo
 from workers.node import NodeSettings, load_node_settings, open_store
 
 if TYPE_CHECKING:
-    import torch
+    from torch.distributed.distributed_c10d import Store
 
 log = structlog.get_logger(__name__)
 PUSH_INTERVAL_S = 1.0
@@ -70,9 +70,7 @@ class RemoteHub:
         self._timeout_s = timeout_s
 
     def enter(self, info: RankInfo) -> Desired:
-        import ray
-
-        desired: Desired = self._get(self._actor.enter.remote(info, ray.get_runtime_context().current_actor))
+        desired: Desired = self._get(self._actor.enter.remote(info))
         return desired
 
     def publish(self, address: str) -> None:
@@ -231,15 +229,13 @@ def run(
     try:
         resources = Resources.model_validate(attempt.spec["resources"])
         limit_threads(resources.cpus_per_worker)
-        if run_rank is None:
-            from workers.attempt import run_rank
-        assert run_rank is not None
         from workers.distributed import init_ranks
 
+        work = run_rank or _load_run_rank()
         store = meet_peers(hub, info.rank, attempt.world_size)
         device = "cuda:0" if resources.gpus_per_worker else "cpu"
         ranks = init_ranks(info.rank, attempt.world_size, store, device, local_rank=local_rank)
-        outcome = run_rank(attempt, ranks, reporter, open_store(settings), settings.data_root)
+        outcome = work(attempt, ranks, reporter, open_store(settings), settings.data_root)
     except Exception as error:  # the top of a rank: how it ended must reach the driver
         log.error("The rank failed.", exc_info=True)
         return RankEnd(
@@ -261,6 +257,12 @@ def run(
     )
 
 
+def _load_run_rank() -> Callable[..., Any]:
+    from workers.attempt import run_rank
+
+    return run_rank
+
+
 def limit_threads(num_threads: int) -> None:
     """As many threads as the rank was given cores: sums on CPU also depend on it."""
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -269,14 +271,14 @@ def limit_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def meet_peers(hub: Hub, rank: int, world_size: int) -> torch.distributed.Store:
+def meet_peers(hub: Hub, rank: int, world_size: int) -> Store:
     """The key-value store all ranks share. Rank 0 hosts it on its node's address, on a free port, and tells the hub.
 
     Raises:
         TimeoutError: rank 0 did not publish an address in time.
     """
-    import torch.distributed as dist
     from ray.util import get_node_ip_address
+    from torch.distributed.distributed_c10d import TCPStore
 
     address = get_node_ip_address()
     use_interface_of(address)
@@ -284,13 +286,13 @@ def meet_peers(hub: Hub, rank: int, world_size: int) -> torch.distributed.Store:
         listener = socket.create_server((address, 0), backlog=2 * world_size)
         port = listener.getsockname()[1]
         # The store takes the descriptor over; without one it would listen on every interface.
-        store = dist.TCPStore(
+        store = TCPStore(
             address, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         hub.publish(f"{address}:{port}")
         return store
     host, _, port_text = _wait_for_address(hub).rpartition(":")
-    return dist.TCPStore(host, int(port_text), world_size, is_master=False)
+    return TCPStore(host, int(port_text), world_size, is_master=False)
 
 
 def use_interface_of(address: str) -> None:

@@ -7,7 +7,6 @@ or its own elasticity; `ray.train.report` is never called.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,30 +16,18 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from configs.service import Resources
+from workers.ray_train import Trainer
 
 _MESSAGE_CHARS = 2_000
-_STOP_WAIT_S = 10.0
-TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Ranks are watched by the driver; preemption comes as an order of the control plane.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-}
+_STOP_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,7 @@ class WorkerGroup(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends every process now and frees their places."""
+        """Ends every process now."""
         ...
 
 
@@ -82,7 +69,6 @@ class RayTrainWorkerGroup:
 
     Args:
         rank_main: what each rank runs; it takes `config`, which must hold no secret (Ray shows it).
-        rank_actors: handles of the ranks that have started, by which `stop` ends them.
         storage_dir: a local directory for what Ray Train writes at start; nothing of value goes there.
     """
 
@@ -93,16 +79,12 @@ class RayTrainWorkerGroup:
         resources: Resources,
         rank_main: Callable[[dict[str, Any]], None],
         config: dict[str, Any],
-        rank_actors: Callable[[], dict[int, Any]],
         storage_dir: Path,
         start_timeout_s: float,
     ) -> None:
-        os.environ.update(TRAIN_ENVIRONMENT)
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
-        self._rank_actors = rank_actors
         self._end: GroupEnd | None = None
         self._ended = threading.Event()
-        self._trainer = _Trainer(
+        self._trainer = Trainer(
             rank_main,
             train_loop_config=config,
             scaling_config=_scaling(world_size, resources),
@@ -112,6 +94,7 @@ class RayTrainWorkerGroup:
                 # -1 would retry a group that cannot be placed for ever.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
+            start_timeout_s=start_timeout_s,
         )
         self._thread = threading.Thread(target=self._fit, name="worker-group", daemon=True)
 
@@ -123,11 +106,11 @@ class RayTrainWorkerGroup:
         return self._end
 
     def stop(self) -> None:
-        """Ranks that have not entered yet end with the driver's process, as everything of its Ray job does."""
-        with contextlib.suppress(RayError):
-            for actor in self._rank_actors().values():
-                ray.kill(actor)
-        self._ended.wait(_STOP_WAIT_S)
+        """Kills the controller; Ray then kills the ranks, which it owns. Their places are free when the driver ends."""
+        if self._trainer.controller is not None and not self._ended.is_set():
+            with contextlib.suppress(RayError):
+                ray.kill(self._trainer.controller)
+            self._ended.wait(_STOP_WAIT_S)
 
     def _fit(self) -> None:
         try:
@@ -143,15 +126,6 @@ class RayTrainWorkerGroup:
             self._end = GroupEnd(error=_text(error))
         finally:
             self._ended.set()
-
-
-class _Trainer(DataParallelTrainer):
-    """Without the detached actor that removes the placement group of a dead controller. A dead controller ends this
-    driver, and Ray removes a placement group when its creator and its job are both gone: one process less to start and
-    to leak."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 def _scaling(world_size: int, resources: Resources) -> ScalingConfig:
