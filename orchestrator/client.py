@@ -238,9 +238,11 @@ class Jobs:
     def resume(self, job_id: str) -> JobPublic:
         return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/resume")
 
-    def retry(self, job_id: str) -> JobPublic:
-        """Submit an ended job again; it goes on from its last checkpoint. Returns the new job."""
-        return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/retry", key=uuid.uuid4().hex)
+    def retry(self, job_id: str, resume: bool = True) -> JobPublic:
+        """Submit a failed or cancelled job again, from its last checkpoint or (`resume` false) from the start. Returns
+        the new job."""
+        params = {"resume": str(resume).lower()}
+        return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/retry", params=params, key=uuid.uuid4().hex)
 
     def events(self, job_id: str, after: int = 0) -> Iterator[EventPublic]:
         """What has happened to the job so far, after event `after`."""
@@ -261,7 +263,7 @@ class Jobs:
         return self._connection.get(MetricsPublic, f"/v1/jobs/{job_id}/metrics", params)
 
     def logs(self, job_id: str, *, tail: int | None = None, cursor: str | None = None, **filters: Any) -> LogPage:
-        """A page of log lines. Filters: attempt, stream."""
+        """A page of log lines. Filters: attempt, stream, level, q (a part of the message)."""
         return self._connection.get(LogPage, f"/v1/jobs/{job_id}/logs", {"tail": tail, "cursor": cursor} | filters)
 
     def log_lines(self, job_id: str, *, tail: int | None = None, **filters: Any) -> Iterator[LogLine]:
@@ -423,7 +425,12 @@ class NotConfigured(PatchworkError):
     """No server is known."""
 
 
-def connect(url: str | None = None, token: str | None = None, data_dir: Path | None = None) -> Client:
+def connect(
+    url: str | None = None,
+    token: str | None = None,
+    data_dir: Path | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> Client:
     """A client for the server given here, or in PATCHWORK_URL and PATCHWORK_TOKEN, or that of `patchwork up` on this
     machine (the client.json of its data directory).
 
@@ -441,7 +448,7 @@ def connect(url: str | None = None, token: str | None = None, data_dir: Path | N
                 f"(or PATCHWORK_URL and PATCHWORK_TOKEN). Looked in {directory.client_file}."
             )
         url, token = stored[0], token or stored[1]
-    return Client(url, token)
+    return Client(url, token, transport=transport)
 
 
 def check(response: httpx.Response) -> httpx.Response:

@@ -5,8 +5,9 @@
         config.json         ModelFile; written last
         .parts-<checkpoint> while it is under way: the shard files as far as they have come
 
-Only shards that hold weights are read, in ranges of one block (8 MiB), several at a time. Every block is checked against
-the CRC32C in the manifest before it counts. After a cut the blocks that are there are checked and not read again.
+Only shards that hold weights are read, in ranges of one block (8 MiB), several at a time. Every block is checked
+against the CRC32C in the manifest before it counts. After a cut the blocks that are there are checked and not read
+again.
 """
 
 from __future__ import annotations

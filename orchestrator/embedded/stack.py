@@ -77,6 +77,8 @@ class Stack:
         self._steps: dict[str, str] = {}
         self._steps_lock = threading.Lock()
         self._watched: list[_Watched] = []
+        self._lifecycle = threading.Lock()
+        self._stopped = False
 
     # -- start ---------------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -101,13 +103,11 @@ class Stack:
         self.url = f"http://127.0.0.1:{port}"
         self._note("object store", "starting")
         store = ObjectStoreServer(self.dir.store, self.dir.logs / "object-store.log")
-        store.start()
-        self._watch(store)
+        self._launch(store)
         ray = RayHead(self.dir.logs / "ray.log", self.dir.node_file, num_cpus=self._num_cpus)
         self._write_settings(port, store, ray)
         self._note("Ray", "starting")
-        ray.start()
-        self._watch(ray)
+        self._launch(ray)
         self._note("database", "starting")
         with ThreadPoolExecutor(3) as pool:
             waits = [
@@ -123,15 +123,19 @@ class Stack:
             log = self.dir.logs / f"{part.lower()}.log"
             self._note(part, "starting")
             server = ServerProcess(part, module, self.dir.settings_file, log, self.url + path)
-            server.start()
-            self._watch(server)
+            self._launch(server)
             self._ready(part, server.wait_ready)
         self._ready("cluster", self._wait_for_cluster)
         self.dir.write_client(self.url, self.token)
         self._write_run("ready")
 
-    def _watch(self, part: Part) -> None:
-        self._watched.append(_Watched(part))
+    def _launch(self, part: Part) -> None:
+        with self._lifecycle:
+            if self._stopped:
+                raise ProcessFailed("the stack was stopped while it started")
+            # Noted first: a part whose start fails half-way is stopped with the others.
+            self._watched.append(_Watched(part))
+            part.start()
 
     def _ready(self, name: str, wait: Callable[[], None]) -> None:
         self._note(name, "starting")
@@ -228,10 +232,12 @@ class Stack:
 
     # -- stop ----------------------------------------------------------------------------------------------------------
     def stop(self) -> None:
-        """Stop every part, the last started first, and give the directory back. Idempotent."""
-        if self._watched:
-            self._write_run("stopping")
-        for watched in reversed(self._watched):
-            watched.part.stop()
-        self._watched.clear()
-        self.dir.unlock()
+        """Stop every part, the last started first, and give the directory back. Idempotent; final."""
+        with self._lifecycle:
+            self._stopped = True
+            if self._watched:
+                self._write_run("stopping")
+            for watched in reversed(self._watched):
+                watched.part.stop()
+            self._watched.clear()
+            self.dir.unlock()

@@ -1,0 +1,224 @@
+"""The whole service on this machine: up and down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from orchestrator.cli import output
+from orchestrator.cli.options import DataDirectory
+from orchestrator.client import PatchworkError
+from orchestrator.embedded.data_dir import AlreadyRunning, DataDir, default_data_dir
+
+if TYPE_CHECKING:
+    from orchestrator.embedded.stack import Stack
+
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 60.0
+
+
+class StackError(PatchworkError):
+    """The stack could not be started or stopped."""
+
+
+def up(
+    data_dir: DataDirectory = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Of the API; left out: 8400; 0: any free one.")
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", min=1, help="Logical CPUs that jobs may take; left out: all of them.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="Where data sets lie; left out: data/ in the data directory.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it is ready.")] = False,
+) -> None:
+    """Start everything on this machine: object store, Ray, API, controller. Ctrl-C stops all of it.
+
+    Examples:
+
+      patchwork up
+
+      patchwork up --detach --port 0 --data-dir ./patchwork-data
+    """
+    directory = DataDir(data_dir or default_data_dir())
+    if detach:
+        _start_detached(directory, port, cpus, data_root)
+        return
+    try:
+        from orchestrator.embedded.stack import Stack
+    except ModuleNotFoundError as error:
+        raise StackError(f"{error.name} is not installed: pip install 'patchwork-vit[local]'") from error
+    out = output.console()
+    steps = _Steps(out)
+    stack = Stack(directory, port=port, num_cpus=cpus, data_root=data_root, on_step=steps.note)
+    stop = _stop_on_signals()
+    try:
+        with steps:
+            _start(stack, stop)
+        if not stop.is_set():
+            _print_ready(out, directory)
+            stack.watch(lambda message: out.print(f"[yellow]{escape(message)}[/]"), stop)
+        out.print("Stopping …")
+    finally:
+        stack.stop()
+    out.print("Stopped. Nothing is left running.")
+
+
+def _start(stack: Stack, stop: threading.Event) -> None:
+    """Start in a thread, so that a signal can end the wait."""
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(stack.start)
+        while not started.done():
+            if stop.wait(0.1):
+                # Makes start() fail at its next step.
+                stack.stop()
+        error = started.exception()
+    if error is not None and not stop.is_set():
+        raise _explain(error)
+
+
+def _explain(error: BaseException) -> BaseException:
+    if isinstance(error, AlreadyRunning):
+        return StackError(
+            f"{error}.\n"
+            "Use it as it is, stop it with `patchwork down`, or start another one with --data-dir and --port."
+        )
+    return StackError(str(error)) if isinstance(error, RuntimeError) else error
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set; a second signal ends us at once (the guardians end the rest)."""
+    stop = threading.Event()
+
+    def on_signal(signum: int, _frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + signum)
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return stop
+
+
+class _Steps:
+    """Shows the parts starting: spinners on a terminal, lines elsewhere."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._bar = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=out,
+            disable=not out.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def note(self, part: str, state: str) -> None:
+        """A part is starting, ready or failed."""
+        if not self._out.is_terminal:
+            self._out.print(f"{part}: {state} ({time.monotonic() - self._started:.1f} s)")
+        if part not in self._tasks:
+            self._tasks[part] = self._bar.add_task(part, total=1)
+        if state == "ready":
+            self._bar.update(self._tasks[part], completed=1)
+        elif state == "failed":
+            self._bar.update(self._tasks[part], description=f"[red]{part} failed[/]")
+
+
+def _print_ready(out: Console, directory: DataDir) -> None:
+    client = directory.read_client()
+    assert client is not None, "written when the stack was ready"
+    option = "" if directory.path == default_data_dir().expanduser().absolute() else f" --data-dir {directory.path}"
+    if option:
+        out.print(f"  [dim]for the commands below: export PATCHWORK_DATA_DIR={directory.path}[/]")
+    out.print(f"Patchwork is ready at [bold]{client[0]}[/] (API: {client[0]}/docs)")
+    out.print(f"  token      in {directory.client_file}; commands on this machine find it")
+    out.print("  train      patchwork submit --preset demo/fashion-mnist-pretrain --follow")
+    out.print("  look       patchwork list, show, logs -f, metrics")
+    out.print(f"  stop       Ctrl-C here, or patchwork down{option}")
+
+
+def _start_detached(directory: DataDir, port: int | None, cpus: int | None, data_root: Path | None) -> None:
+    running = directory.running()
+    if running is not None:
+        raise _explain(AlreadyRunning(directory.path, running))
+    directory.logs.mkdir(parents=True, exist_ok=True)
+    log_path = directory.logs / "up.log"
+    command = [sys.executable, "-m", "orchestrator.cli.main", "up", "--data-dir", str(directory.path)]
+    for flag, value in (("--port", port), ("--cpus", cpus), ("--data-root", data_root)):
+        command += [] if value is None else [flag, str(value)]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    out = output.console()
+    steps = _Steps(out)
+    shown: dict[str, str] = {}
+    with steps:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise StackError(log_path.read_text(errors="replace").strip())
+            run = directory.running()
+            if run is not None:
+                for part, state in run.steps.items():
+                    if shown.get(part) != state:
+                        shown[part] = state
+                        steps.note(part, state)
+                if run.state == "ready":
+                    break
+            time.sleep(0.1)
+        else:
+            process.terminate()
+            raise StackError(f"not ready after {_START_TIMEOUT_S:.0f} s; see {log_path}")
+    _print_ready(out, directory)
+
+
+def down(data_dir: DataDirectory = None) -> None:
+    """Stop what `patchwork up` started. Jobs go on from their last checkpoint when it is started again."""
+    directory = DataDir(data_dir or default_data_dir())
+    run = directory.running()
+    out = output.console()
+    if run is None:
+        out.print(f"Nothing runs on {directory.path}.")
+        return
+    out.print(f"Stopping patchwork (pid {run.pid}, {run.url}) …")
+    os.kill(run.pid, signal.SIGTERM)
+    if not _wait(lambda: directory.running() is None, _STOP_TIMEOUT_S):
+        # Its guardians end everything below it.
+        os.kill(run.pid, signal.SIGKILL)
+        if not _wait(lambda: directory.running() is None, 10.0):
+            raise StackError(f"pid {run.pid} does not end")
+    out.print("Stopped.")
+
+
+def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,113 @@
+"""Commands about what a job says: logs, metrics, events."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from configs.wire import LogLine
+from orchestrator.cli import output
+from orchestrator.cli.follow import Detached
+from orchestrator.cli.options import Job, Json, Token, Url, client_for, find_job
+from orchestrator.schemas import EventPublic
+
+
+def logs(
+    ctx: typer.Context,
+    job: Job = "last",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with lines as they arrive.")] = False,
+    tail: Annotated[int | None, typer.Option("--tail", "-n", min=1, max=10_000, help="Only the last lines.")] = None,
+    stream: Annotated[str | None, typer.Option("--stream", help="driver, rank-00000, …")] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1)] = None,
+    level: Annotated[
+        str | None, typer.Option("--level", help="This level and above: debug, info, warning, error.")
+    ] = None,
+    grep: Annotated[str | None, typer.Option("--grep", help="Only lines that hold this text.")] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Print a job's log: the driver's and every rank's lines, merged by time.
+
+    Examples:
+
+      patchwork logs -f job_...
+
+      patchwork logs last --stream rank-00001 --level warning
+    """
+    filters: dict[str, Any] = {"stream": stream, "attempt": attempt, "level": level, "q": grep}
+    with client_for(ctx, url, token) as client:
+        job_id = find_job(client, job).id
+        read = client.jobs.follow_logs if follow else client.jobs.log_lines
+        try:
+            for line in read(job_id, tail=tail, **filters):
+                sys.stdout.write(line.model_dump_json() + "\n" if as_json else _plain(line))
+                if follow:
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise Detached(job_id) from None
+
+
+def _plain(line: LogLine) -> str:
+    """A line for people; what could move the terminal's cursor is escaped."""
+    safe = "".join(c if c in "\t\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in line.msg)
+    message = safe.rstrip("\n").replace("\n", "\n    ")
+    return f"{line.t.astimezone():%H:%M:%S} {line.stream:<10} {line.level:<7} {message}\n"
+
+
+def events(
+    ctx: typer.Context,
+    job: Job = "last",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with events as they happen.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Print what happened to a job, and who did it."""
+    with client_for(ctx, url, token) as client:
+        job_id = find_job(client, job).id
+        read = client.jobs.follow_events if follow else client.jobs.events
+        try:
+            for event in read(job_id):
+                if as_json:
+                    sys.stdout.write(event.model_dump_json() + "\n")
+                else:
+                    output.console().print(_event(event))
+        except KeyboardInterrupt:
+            raise Detached(job_id) from None
+
+
+def _event(event: EventPublic) -> str:
+    who = f" [dim]({escape(event.actor)})[/]" if event.actor else ""
+    return f"{event.at.astimezone():%Y-%m-%d %H:%M:%S}  [bold]{event.type}[/]  {escape(event.message)}{who}"
+
+
+def metrics(
+    ctx: typer.Context,
+    job: Job = "last",
+    names: Annotated[list[str] | None, typer.Argument(help="Such as train/loss eval/top1; left out: all.")] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Show a job's metrics: last value, range and curve of each."""
+    with client_for(ctx, url, token) as client:
+        found = client.jobs.metrics(find_job(client, job).id, names or (), max_points=400)
+    if as_json:
+        output.print_json(found)
+        return
+    rows = []
+    for series in found.series:
+        known = [v for v in series.values if v is not None]
+        last = output.number(series.values[-1]) if series.values else "-"
+        spread = f"{output.number(min(known))} to {output.number(max(known))}" if known else "-"
+        steps = f"{series.steps[-1]:,}" if series.steps else "-"
+        rows.append((series.name, last, steps, spread, output.sparkline(series.values)))
+    if not rows:
+        known_names = ", ".join(found.names)
+        output.console().print(f"No such metric; there are: {known_names}" if known_names else "No metrics yet.")
+        return
+    output.console().print(output.table(("METRIC", "LAST>", "STEP>", "RANGE", "CURVE"), rows))
