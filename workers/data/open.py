@@ -52,7 +52,7 @@ def open_data(
             known = ", ".join(info.name for info in card.splits)
             raise DataError(f"data set {card.name} has no split {split!r}: expected one of {known}")
         source = _open_split(data, card, split, data_root, read_index, in_channels)
-        _check(source, card, split)
+        check_against_card(source, card, split)
         return source
 
     if data.holdout is None:
@@ -84,7 +84,7 @@ def _open_split(
     return open_folder(card, split, data_root, read_index, channels)
 
 
-def _check(source: ImageSource, card: DatasetCard, split: str) -> None:
+def check_against_card(source: ImageSource, card: DatasetCard, split: str) -> None:
     """Refuse counts and labels that contradict the card: training would be on other data than was submitted."""
     expected = card.num_examples(split)
     if len(source) != expected:
