@@ -27,7 +27,7 @@ DEFAULT_GPU_GIB = 80.0
 USABLE = 0.92
 """Share of a GPU's memory planned with: the rest is lost to the allocator's fragmentation."""
 FIXED_GIB = 1.5
-"""CUDA context, cuBLAS workspace and NCCL buffers of a process (an allowance, not a measurement)."""
+"""CUDA context, cuBLAS workspace, NCCL buffers and DeepSpeed's buckets of a process (an allowance, not measured)."""
 MAX_CPU_MICRO_BATCH = 128
 
 
@@ -138,7 +138,7 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
         input of GELU                 a M     fc1's output
         input of fc2                  a M     GELU's output, after dropout
 
-    Dropout adds its mask: one byte per element after proj, GELU and fc2. (CPU kernels keep fp32 masks: 4 bytes.)
+    Dropout adds its masks, 2 D + M elements of one byte. (CPU kernels keep them in the activation's own type.)
     """
     dim, mlp = config.embed_dim, config.mlp_dim
     width = FP32 if precision == "fp32" else BF16
@@ -151,13 +151,17 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
 
 def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
     """Bytes autograd keeps of one image before and after the blocks: the image as the patch embedding reads it, the
-    input of the final norm, the head's input (and pre_logits' input and output), and about three times the logits."""
+    input of the final norm, the head's input (and what pre_logits adds), and about three times the logits in fp32.
+
+    In fp32 the class token that the head reads is a view, which keeps the final norm's whole output alive.
+    """
     dim, tokens = config.embed_dim, config.num_tokens
     width = FP32 if precision == "fp32" else BF16
     height, columns = config.image_size
     image = width * config.in_channels * height * columns
     norm = tokens * (FP32 * dim + 2 * FP32)
-    head = width * dim * (3 if config.head == "mlp" else 1) + 3 * FP32 * config.num_classes
+    pooled = width * dim * (tokens if precision == "fp32" and config.pool == "cls" else 1)
+    head = pooled + (width * dim if config.head == "mlp" else 0) + 3 * FP32 * config.num_classes
     mask = tokens * dim if config.dropout > 0.0 else 0
     return image + norm + head + mask
 

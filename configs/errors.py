@@ -173,10 +173,10 @@ def _allowed(kind: str, ctx: Mapping[str, Any]) -> str | None:
     if kind == "string_pattern_mismatch":
         return f"text matching {ctx['pattern']}"
     bounds = {
-        "greater_than": "a number above {gt}",
-        "greater_than_equal": "a number of at least {ge}",
-        "less_than": "a number below {lt}",
-        "less_than_equal": "a number of at most {le}",
+        "greater_than": "a number above {gt:g}",
+        "greater_than_equal": "a number of at least {ge:g}",
+        "less_than": "a number below {lt:g}",
+        "less_than_equal": "a number of at most {le:g}",
         "string_too_short": "text of at least {min_length} characters",
         "string_too_long": "text of at most {max_length} characters",
         "too_long": "at most {max_length} entries",

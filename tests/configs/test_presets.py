@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs.cost import GPUS
+from configs.datasets import PLANNING_CARDS, card_for
+from configs.load import PresetInfo, SpecError, list_presets, load_preset, parse_spec
+from configs.plan import Plan, plan
+from configs.resolve import SourceCheckpoint, canonical_json, load_resolved, resolve
+from configs.spec import TrainingJob
+from configs.wire import Preprocess
+
+PRESETS = list_presets()
+
+
+def parsed(preset: PresetInfo) -> TrainingJob:
+    raw = {"preset": preset.name} | ({"init_from": "ckpt_x"} if preset.kind == "finetune" else {})
+    spec = parse_spec(raw)
+    assert isinstance(spec, TrainingJob)
+    return spec
+
+
+def demo_source() -> SourceCheckpoint:
+    spec = parsed(load_preset("demo/fashion-mnist-pretrain"))
+    model = resolve(spec, card_for(spec.data.source, {}), None).model.vit()
+    preprocess = Preprocess(image_size=(28, 28), in_channels=1, mean=(0.5,), std=(0.5,))
+    return SourceCheckpoint("ckpt_x", "", model, preprocess, spec.data)
+
+
+def planned(preset: PresetInfo) -> Plan:
+    spec = parsed(preset)
+    source = demo_source() if preset.name == "demo/fashion-mnist-finetune" else None
+    gpu = "H100:8" if spec.resources.gpus_per_worker else None
+    return plan(spec, card_for(spec.data.source, PLANNING_CARDS), gpu, source)
+
+
+def test_the_presets_of_the_paper_are_all_there() -> None:
+    names = {preset.name for preset in PRESETS}
+    pretrain = {f"jft300m-{m}" for m in ("b16", "b32", "l32", "l16-7ep", "l16-14ep", "h14")}
+    pretrain |= {f"imagenet21k-{m}" for m in ("b16", "b32", "l16-30ep", "l16-90ep", "l32-30ep", "l32-90ep")}
+    pretrain |= {f"imagenet-{m}" for m in ("b16", "b32", "l16", "l32")}
+    sets = ("imagenet", "cifar10", "cifar100", "pets", "flowers")
+    finetune = {f"{s}-{m}" for s in sets for m in ("b16", "b32", "l16", "l32", "h14")}
+    finetune |= {"imagenet-l16-512", "imagenet-h14-518"}
+    expected = {"demo/fashion-mnist-pretrain", "demo/fashion-mnist-finetune"}
+    expected |= {f"paper/pretrain/{name}" for name in pretrain} | {f"paper/finetune/{name}" for name in finetune}
+    assert names == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
+def test_a_preset_says_what_it_is_validates_resolves_and_plans(preset: PresetInfo) -> None:
+    assert preset.title
+    assert preset.command.startswith(f"patchwork submit --preset {preset.name}")
+    assert ("init_from=" in preset.command) == (preset.kind == "finetune")
+    assert preset.source
+    assert preset.cost
+    assert "%" in preset.accuracy or "checkpoint" in preset.accuracy
+    assert preset.shown.startswith(("no", "yes"))
+    assert "preset" not in preset.spec
+
+    spec = parsed(preset)
+    source = demo_source() if preset.name == "demo/fashion-mnist-finetune" else None
+    resolved = resolve(spec, card_for(spec.data.source, PLANNING_CARDS), source)
+    assert load_resolved(canonical_json(resolved)) == resolved
+    assert resolved.preset == preset.name
+    assert planned(preset).fits in (True, None)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
+def test_the_cost_in_the_header_is_the_cost_models(preset: PresetInfo) -> None:
+    found = re.match(r"([0-9.,e-]+) exaFLOPs", preset.cost)
+    assert found is not None
+    assert planned(preset).exaflops == pytest.approx(float(found[1].replace(",", "")), rel=0.01)
+    hours = re.search(r"about ([0-9.]+) (h|min|s) on 8 H100", preset.cost)
+    if preset.name.startswith("paper/"):
+        assert hours is not None
+        seconds = float(hours[1]) * {"h": 3600, "min": 60, "s": 1}[hours[2]]
+        assert (planned(preset).hours or 0) * 3600 == pytest.approx(seconds, rel=0.05)
+        assert "never run by us" in preset.cost
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.kind == "finetune"], ids=lambda p: p.name)
+def test_a_finetune_preset_asks_for_a_checkpoint(preset: PresetInfo) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec({"preset": preset.name})
+    assert [e.pointer for e in caught.value.errors] == ["/init_from"]
+
+
+# epochs, base lr, decay, weight decay, dropout, clip, loss: Table 3.
+TABLE_3 = {
+    "jft300m-b16": (7, 8e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-b32": (7, 8e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-l32": (7, 6e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-l16-7ep": (7, 4e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-l16-14ep": (14, 4e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-h14": (14, 3e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "imagenet21k-b16": (90, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
+    "imagenet21k-b32": (90, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
+    "imagenet21k-l16-30ep": (30, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
+    "imagenet21k-l16-90ep": (90, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
+    "imagenet21k-l32-30ep": (30, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
+    "imagenet21k-l32-90ep": (90, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
+    "imagenet-b16": (300, 3e-3, "cosine", 0.3, 0.1, 1.0, "softmax"),
+    "imagenet-b32": (300, 3e-3, "cosine", 0.3, 0.1, 1.0, "softmax"),
+    "imagenet-l16": (300, 3e-3, "cosine", 0.3, 0.1, 1.0, "softmax"),
+    "imagenet-l32": (300, 3e-3, "cosine", 0.3, 0.1, 1.0, "softmax"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_pretraining_follows_table_3(name: str) -> None:
+    spec = parsed(load_preset(f"paper/pretrain/{name}"))
+    found = (
+        spec.schedule.total_epochs,
+        spec.optim.lr,
+        spec.schedule.decay,
+        spec.optim.weight_decay,
+        spec.model.dropout,
+        spec.optim.clip_grad_norm,
+        spec.train.loss,
+    )
+    assert found == TABLE_3[name]
+    assert (spec.optim.name, spec.optim.betas) == ("adamw", (0.9, 0.999))
+    assert (spec.train.global_batch_size, spec.schedule.warmup_steps) == (4096, 10_000)
+    assert (spec.model.head, spec.model.image_size) == ("mlp", 224)
+    variant = name.split("-")[1]
+    assert spec.model.variant == f"{variant[0].upper()}/{variant[1:]}"
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.name.startswith("paper/finetune")], ids=lambda p: p.name)
+def test_finetuning_follows_table_4(preset: PresetInfo) -> None:
+    spec = parsed(preset)
+    data = preset.name.split("/")[-1].split("-")[0]
+    steps = {"imagenet": 20_000, "cifar10": 10_000, "cifar100": 10_000, "pets": 500, "flowers": 500}[data]
+    grid = (0.003, 0.01, 0.03, 0.06) if data == "imagenet" else (0.001, 0.003, 0.01, 0.03)
+    assert spec.schedule.total_steps == steps
+    assert spec.optim.lr in grid[1:3]
+    assert f"({', '.join(map(str, grid))})" in preset.source
+    assert (spec.optim.name, spec.optim.momentum, spec.optim.weight_decay) == ("sgd", 0.9, 0.0)
+    assert (spec.train.global_batch_size, spec.optim.clip_grad_norm, spec.schedule.decay) == (512, 1.0, "cosine")
+    assert spec.model.head == "linear"
+    if "Table 2" in preset.source:
+        assert "Polyak" in preset.source
+        assert spec.model.image_size in (512, 518)
+    else:
+        # The grid of 384 px: with patches of 14, 27 x 27, which is 378 px.
+        assert spec.model.image_size == (378 if spec.model.patch_size == 14 else 384)
+
+
+def test_planning_a_preset_takes_less_than_a_second() -> None:
+    start = time.perf_counter()
+    planned(load_preset("paper/pretrain/jft300m-h14"))
+    assert time.perf_counter() - start < 1.0
+
+
+def test_presets_are_files_of_the_package() -> None:
+    folder = Path(configs.__file__).parent / "presets"
+    public = [p for p in folder.rglob("*.yaml") if not p.name.startswith("_")]
+    assert len(public) == len(PRESETS)
+
+
+def test_data_that_is_not_public_says_so() -> None:
+    assert "not public" in load_preset("paper/pretrain/jft300m-h14").source
+    assert any("not public" in note for note in planned(load_preset("paper/pretrain/jft300m-h14")).notes)
+
+
+def test_the_gpus_are_named_as_resources_accept_them() -> None:
+    for name in GPUS:
+        parse_spec({"preset": "paper/pretrain/imagenet-b16", "resources": {"accelerator": name}})
