@@ -168,7 +168,7 @@ def test_numbers_that_yaml_1_1_leaves_as_text_are_read_where_a_number_belongs() 
     assert "/optim/lr" in faults(put(PRETRAIN, optim__lr="fast"))
 
 
-# -- overrides ---------------------------------------------------------------------------------------------------------
+# -- overrides ------------------------------------------------------------------------------------------------------
 def test_overrides_are_dotted_and_read_as_yaml() -> None:
     raw = {"optim": {"lr": 1, "name": "sgd"}}
     changed = apply_overrides(
@@ -203,7 +203,7 @@ def test_bad_overrides_are_refused(key: str, value: object, pointer: str) -> Non
     assert "override" in str(caught.value)
 
 
-# -- merging -------------------------------------------------------------------------------------------------------------
+# -- merging --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("base", "over", "merged"),
     [

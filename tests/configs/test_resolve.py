@@ -100,7 +100,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_as_it_was_given() -> None:
     assert "47 steps" in error.message
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data -----------------------------------------------------------------------------------------------------------
 def test_classes_that_contradict_the_data_are_refused() -> None:
     error = faults(PRETRAIN, model__num_classes=7)["/model/num_classes"]
     assert (error.value, error.allowed) == (7, "5")
@@ -156,7 +156,7 @@ def test_all_faults_are_found_at_once() -> None:
     assert set(found) == {"/model/num_classes", "/data/eval", "/model/image_size"}
 
 
-# -- micro-batches -----------------------------------------------------------------------------------------------------
+# -- micro-batches --------------------------------------------------------------------------------------------------
 def test_a_micro_batch_divides_every_allowed_share() -> None:
     spec = resolved(PRETRAIN, resources__workers="{min: 1, max: 8}", train__global_batch_size=96)
     assert spec.allowed_world_sizes == (1, 2, 3, 4, 6, 8)
@@ -190,7 +190,7 @@ IMAGENET = CARD.model_copy(
 )
 
 
-# -- fine-tuning ---------------------------------------------------------------------------------------------------------
+# -- fine-tuning ----------------------------------------------------------------------------------------------------
 def test_a_finetune_takes_its_sizes_from_the_checkpoint() -> None:
     spec = resolved(FINETUNE, source(num_classes=77, head="mlp", in_channels=1, gelu="exact", pool="gap"))
     model = spec.model.vit()
@@ -244,7 +244,7 @@ def test_without_a_checkpoint_only_a_complete_model_resolves() -> None:
     assert resolved(FINETUNE, model={"variant": "Ti/16", "image_size": 32}).model.embed_dim == 192
 
 
-# -- evaluation and export -----------------------------------------------------------------------------------------------
+# -- evaluation and export ------------------------------------------------------------------------------------------
 def test_an_evaluation_takes_data_and_size_from_the_checkpoint() -> None:
     data = DataConfig.model_validate(PRETRAIN["data"])
     spec = job(EVALUATE)
@@ -289,7 +289,7 @@ def test_an_export_resolves_to_itself() -> None:
     assert data_of(spec, source()) is None
 
 
-# -- fingerprints --------------------------------------------------------------------------------------------------------
+# -- fingerprints ---------------------------------------------------------------------------------------------------
 def fingerprint(data_fingerprint: str = "sha256:d", **overrides: Any) -> str:
     return training_fingerprint(resolved(PRETRAIN, **overrides), data_fingerprint)
 
