@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def run_rank(
         return _train(attempt, spec, ranks, steps, store, data_root)
     except Exception as error:
         outcome = outcome_of(error, steps.step)
-        log.exception("This rank failed.", rank=ranks.rank, step=outcome.step, reason=outcome.reason)
+        log.error("This rank failed.", reason=outcome.reason, step=outcome.step, error=traceback.format_exc())
         return outcome
 
 

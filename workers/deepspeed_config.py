@@ -53,6 +53,9 @@ def deepspeed_config(
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             # Every parameter is partitioned: checkpoints rely on it (workers/owned.py).
             "stage3_param_persistence_threshold": 0,
+            # It would replace torch's linear for the whole process by one that rounds twice in bf16: other losses than
+            # at stages 0 to 2, and other losses for whatever runs in this process afterwards.
+            "memory_efficient_linear": False,
         }
     if precision == "bf16":
         config["torch_autocast"] = {

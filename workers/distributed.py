@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """The last resort: the driver's progress watchdog names a hung rank long before."""

@@ -8,6 +8,7 @@ only time per step that the host waits for the device.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,8 +66,11 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # counts the micro-batch and no more
 
     def step(self, lr: float) -> Update:
+        assert self.deepspeed.is_gradient_accumulation_boundary(), "step() is called once per global batch"
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if self.zero_stage == 0:
@@ -76,17 +80,15 @@ class DeepSpeedEngine:
         return Update(applied, float(self.deepspeed.get_global_grad_norm()) if applied else float("inf"))
 
     def _step_replicated(self) -> Update:
-        parameters = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            raise AssertionError("step() is called once per global batch")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        grad_norm = float(norm)
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        grad_norm = float(_global_norm(gradients))
         applied = grad_norm < float("inf")  # false for NaN too
         if not applied:
             # An optimizer passes over parameters without a gradient: no update, no decay, no step counted.
             self.deepspeed.zero_grad()
         elif self._clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_grad_norm, norm)
+            # As stages 1 to 3 clip, to the last bit but one: bf16 makes visible differences of invisible ones.
+            torch._foreach_mul_(gradients, 1.0 / max((grad_norm + 1e-6) / self._clip_grad_norm, 1.0))
         self.deepspeed.step()
         return Update(applied, grad_norm if applied else float("inf"))
 
@@ -98,6 +100,12 @@ class DeepSpeedEngine:
                 yield
         finally:
             self.deepspeed.train()
+
+
+def _global_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients as one vector, summed in fp64 as ZeRO does and rounded to fp32."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_size: int) -> DeepSpeedEngine:
@@ -127,6 +135,8 @@ def _import_deepspeed() -> Any:
     import deepspeed.comm
     import deepspeed.ops
 
+    # torch tells DeepSpeed to use newer names of its collectives; that is for DeepSpeed to hear, not for users.
+    warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)
     # The shared-memory op of gloo groups needs a compiler and leaves 140 MB behind in /dev/shm when killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
