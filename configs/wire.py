@@ -136,6 +136,8 @@ class Heartbeat(Stored):
     phase: Phase
     step: int
     at: AwareDatetime
+    beats: int = 0
+    """Signs of life of the rank's working thread; it grows within a long step or evaluation too."""
 
 
 class MetricPoint(Stored):

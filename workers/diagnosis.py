@@ -111,6 +111,8 @@ _OOM_GPU = re.compile(r"cuda.{0,40}out of memory|outofmemoryerror", re.IGNORECAS
 
 def is_echo(end: RankEnd) -> bool:
     """Whether a rank's failure may be only the echo of a peer's end."""
+    if end.reason is ExitReason.WORKER_LOST:
+        return True
     return end.reason not in SPECIFIC and _ECHO.search(f"{end.error_type} {end.message}") is not None
 
 

@@ -53,8 +53,8 @@ from workers.worker_group import GroupEnd, RayTrainWorkerGroup, WorkerGroup
 
 log = structlog.get_logger(__name__)
 TICK_S = 0.25
-LEAVE_GRACE_S = 15.0
-"""From the first rank's failure until the others, who learn of it by the control word, are ended."""
+LEAVE_GRACE_S = 5.0
+"""From the first rank's failure until the others are ended: they wait for it in a collective, or fail as well."""
 LAST_LINES = 40
 CLAIM_S = 20.0
 FINAL_REPORT_S = 20.0

@@ -8,28 +8,32 @@ from collections.abc import Collection, Mapping
 from configs.wire import Heartbeat
 from workers.diagnosis import Hang
 
-SLOW_PHASES = 6.0
-"""Phases without steps (building, loading, saving…) may take so many times longer than a step."""
+SLOW = 6.0
+"""Phases without steps (building, loading, saving…), and the first step, which compiles, may take so many times longer."""
 _STEPPING = ("training", "evaluating")
 
 
 class ProgressWatch:
-    """Watches (phase, step) of every rank. Times are seconds of a monotonic clock."""
+    """Watches phase, step and beats of every rank. Times are seconds of a monotonic clock."""
 
     def __init__(self, hang_timeout_s: float, silent_timeout_s: float) -> None:
         self._hang_timeout_s = hang_timeout_s
         self._silent_timeout_s = silent_timeout_s
-        self._seen: dict[int, tuple[str, int]] = {}
+        self._seen: dict[int, tuple[str, int, int]] = {}
         self._moved_at: dict[int, float] = {}
+        self._first_step: dict[int, int] = {}
 
     def observe(
         self, now: float, heartbeats: Mapping[int, Heartbeat], silent_s: Mapping[int, float], ended: Collection[int]
     ) -> Hang | None:
         """The rank that holds the attempt up, if it stands still."""
         for rank, beat in heartbeats.items():
-            if self._seen.get(rank) != (beat.phase, beat.step):
-                self._seen[rank] = (beat.phase, beat.step)
+            sign = (beat.phase, beat.step, beat.beats)
+            if self._seen.get(rank) != sign:
+                self._seen[rank] = sign
                 self._moved_at[rank] = now
+            if beat.phase == "training":
+                self._first_step.setdefault(rank, beat.step)
         live = {rank: beat for rank, beat in heartbeats.items() if rank not in ended}
         return self._silent(live, silent_s) or self._stuck(now, live)
 
@@ -51,8 +55,7 @@ class ProgressWatch:
         if not live:
             return None
         for rank, beat in live.items():
-            limit = self._hang_timeout_s * (1.0 if beat.phase in _STEPPING else SLOW_PHASES)
-            if now - self._moved_at[rank] <= limit:
+            if now - self._moved_at[rank] <= self._limit_s(beat):
                 return None
         # The rank that is behind; among equals the one that stopped first.
         rank = min(live, key=lambda r: (live[r].step, self._moved_at[r], r))
@@ -63,3 +66,8 @@ class ProgressWatch:
         place = f"phase {beat.phase}, step {beat.step}{among}"
         text = f"Rank {rank} on {beat.node} made no progress for {still:.0f} s in {place}."
         return Hang(rank, beat.node, text)
+
+    def _limit_s(self, beat: Heartbeat) -> float:
+        is_first_step = beat.step <= self._first_step.get(beat.rank, beat.step)
+        is_slow = beat.phase not in _STEPPING or (beat.phase == "training" and is_first_step)
+        return self._hang_timeout_s * (SLOW if is_slow else 1.0)

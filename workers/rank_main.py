@@ -33,7 +33,7 @@ from workers.hub import Push, RankInfo
 from workers.node import NodeSettings, load_node_settings, open_store
 
 if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 log = structlog.get_logger(__name__)
 PUSH_INTERVAL_S = 1.0
@@ -112,6 +112,7 @@ class RankReporter:
         self._lock = threading.Lock()
         self._phase: Phase = "starting"
         self._step = 0
+        self._beats = 0
         self._metrics: deque[MetricPoint] = deque(maxlen=_MAX_BUFFERED)
         self._events: deque[WorkerEvent] = deque(maxlen=_MAX_BUFFERED)
         self._checkpoints: list[str] = []
@@ -123,6 +124,7 @@ class RankReporter:
     def heartbeat(self, phase: Phase, step: int) -> None:
         with self._lock:
             self._phase, self._step = phase, step
+            self._beats += 1
 
     def metric(self, name: str, step: int, value: float) -> None:
         number = float(value)
@@ -140,6 +142,8 @@ class RankReporter:
             self._checkpoints.append(checkpoint_id)
 
     def desired(self) -> Desired:
+        # Asked at every step and every batch of an evaluation: a sign of life, too.
+        self._beats += 1
         return self._desired
 
     @property
@@ -183,6 +187,7 @@ class RankReporter:
                 phase=self._phase,
                 step=self._step,
                 at=datetime.now(UTC),
+                beats=self._beats,
             )
             push = Push(heartbeat, tuple(self._metrics), tuple(self._events), tuple(self._checkpoints))
             self._metrics.clear()
@@ -278,7 +283,7 @@ def meet_peers(hub: Hub, rank: int, world_size: int) -> Store:
         TimeoutError: rank 0 did not publish an address in time.
     """
     from ray.util import get_node_ip_address
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address = get_node_ip_address()
     use_interface_of(address)
