@@ -24,7 +24,9 @@ CheckpointRef = Annotated[
 class _Job(Strict):
     schema_version: Literal[1] = SPEC_SCHEMA_VERSION
     name: Label = Field("unnamed", description="Shown to people; need not be unique.")
-    labels: dict[Label, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=64)
+    labels: dict[Label, Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]] = Field(
+        default_factory=dict, max_length=64
+    )
     preset: str | None = Field(None, description="The preset this was made from; the other keys override it.")
     resources: Resources = Resources()
     queue: Queue = Queue()
