@@ -183,11 +183,9 @@ def read_page(
     """
     reader = LogReader(db, store, job_id, wanted, parse_cursor(cursor))
     if tail is not None and cursor is None:
-        lines = reader.skip_to_tail(tail)
-        complete = reader.read(1)[2] if not lines else False
-    else:
-        lines, _, complete = reader.read(limit)
-    return LogPage(lines=tuple(lines), cursor=reader.position.encode(), complete=complete)
+        return LogPage(lines=tuple(reader.skip_to_tail(tail)), cursor=reader.position.encode(), complete=False)
+    lines, more, complete = reader.read(limit)
+    return LogPage(lines=tuple(lines), cursor=reader.position.encode(), more=more, complete=complete)
 
 
 def read_text(db: Database, store: ObjectStore, job_id: str, wanted: LogFilter) -> Iterator[str]:

@@ -15,8 +15,8 @@
     ├── TooManyStreams          429     too_many_streams
     └── Unavailable             503     unavailable
 
-Errors of other layers have a handler of their own: SpecError (configs) is 422 spec_invalid, IllegalTransition is 409,
-a database or an object store that does not answer is 503.
+Errors of other layers have a handler of their own: SpecError (configs) is 422 spec_invalid; a database or an object
+store that does not answer is 503; anything else is 500 and says nothing of our insides.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from configs.load import SpecError
+from orchestrator.db import is_unavailable
 from orchestrator.schemas import Problem, ProblemError
+from orchestrator.store import StoreError
 
 log = structlog.get_logger(__name__)
 PROBLEM_JSON = "application/problem+json"
@@ -210,7 +212,9 @@ def _on_http_error(request: Request, error: HTTPException) -> Response:
     )
 
 
-def _on_database_away(request: Request, error: Exception) -> Response:
+def _on_database_error(request: Request, error: Exception) -> Response:
+    if not is_unavailable(error):
+        return _on_unexpected(request, error)
     log.error("database_unavailable", path=request.url.path, error=str(error))
     return problem_response(
         request,
@@ -218,6 +222,18 @@ def _on_database_away(request: Request, error: Exception) -> Response:
         "database_unavailable",
         "The database does not answer; nothing was changed.",
         hint="Try again; with an Idempotency-Key a repeated submission is safe.",
+        headers={"Retry-After": "2"},
+    )
+
+
+def _on_store_error(request: Request, error: StoreError) -> Response:
+    log.error("store_unavailable", path=request.url.path, error=str(error))
+    return problem_response(
+        request,
+        503,
+        "store_unavailable",
+        "The object store does not answer as it should.",
+        hint="Try again; /readyz says which part is away.",
         headers={"Retry-After": "2"},
     )
 
@@ -239,8 +255,8 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(SpecError, _on_spec_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_request_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_error)  # type: ignore[arg-type]
-    app.add_exception_handler(OperationalError, _on_database_away)
-    app.add_exception_handler(InterfaceError, _on_database_away)
+    app.add_exception_handler(SQLAlchemyError, _on_database_error)
+    app.add_exception_handler(StoreError, _on_store_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _on_unexpected)
 
 

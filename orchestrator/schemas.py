@@ -220,6 +220,7 @@ class MetricsPublic(Stored):
 class LogPage(Stored):
     lines: tuple[LogLine, ...] = Field(description="In order of time.")
     cursor: str = Field(description="Opaque; give it as ?cursor= for the lines that follow.")
+    more: bool = Field(False, description="There is more to read right now, even if this page is empty (filters).")
     complete: bool = Field(description="The job has ended and this was everything.")
 
 
