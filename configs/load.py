@@ -31,7 +31,7 @@ from configs.spec import (
     PretrainJob,
     job_spec_adapter,
 )
-from configs.text import check_tree, parse_text, parse_value
+from configs.text import MAX_DEPTH, check_tree, parse_text, parse_value
 
 __all__ = [
     "FieldError",
@@ -52,19 +52,24 @@ KINDS: dict[str, type[BaseModel]] = {
     "export": ExportJob,
 }
 
+MAX_OVERRIDES = 200
+
 
 # -- overrides and merging ---------------------------------------------------------------------------------------------
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `raw` with dotted keys set: {"optim.lr": "3e-4"}. Text values are read as YAML.
 
     Raises:
-        SpecError: a key is empty or goes through something that is not a mapping, or a value is not YAML.
+        SpecError: a key is empty or goes through something that is not a mapping, a value is not YAML, or there are
+            more than 200 overrides.
     """
+    if len(overrides) > MAX_OVERRIDES:
+        raise SpecError.at("", f"{len(overrides)} overrides: at most {MAX_OVERRIDES} are taken, write a file instead")
     result = copy.deepcopy(dict(raw))
     for dotted, given in overrides.items():
         parts = dotted.split(".")
-        if not all(parts):
-            raise SpecError.at("", f"override {dotted!r}: expected field names joined by dots, such as optim.lr")
+        if not all(parts) or len(parts) > MAX_DEPTH:
+            raise SpecError.at("", f"override {show(dotted)}: expected field names joined by dots, such as optim.lr")
         try:
             value = parse_value(given) if isinstance(given, str) else copy.deepcopy(given)
         except SpecError as error:

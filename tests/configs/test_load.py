@@ -203,6 +203,13 @@ def test_bad_overrides_are_refused(key: str, value: object, pointer: str) -> Non
     assert "override" in str(caught.value)
 
 
+def test_overrides_are_bounded() -> None:
+    with pytest.raises(SpecError, match="at most 200"):
+        apply_overrides({}, {f"a{i}": 1 for i in range(201)})
+    with pytest.raises(SpecError, match="joined by dots"):
+        apply_overrides({}, {".".join("a" * 100_000): 1})
+
+
 # -- merging --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("base", "over", "merged"),
