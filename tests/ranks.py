@@ -101,7 +101,7 @@ def _rank_main(
         result = function(ranks, *arguments)
         leave_ranks()
         sender.send(("result", result))
-    except Exception:
+    except Exception:  # noqa: BLE001 - the parent raises it
         sender.send(("error", traceback.format_exc()))
 
 

@@ -62,7 +62,7 @@ def run_rank(
         if isinstance(spec, ExportJob):
             return _export(attempt, spec, ranks, steps, store)
         return _train(attempt, spec, ranks, steps, store, data_root)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the rank's top level
         outcome = outcome_of(error, steps.step)
         log.error("This rank failed.", reason=outcome.reason, step=outcome.step, error=traceback.format_exc())
         return outcome

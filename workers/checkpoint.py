@@ -196,7 +196,10 @@ class Checkpointer:
         self._background = self._thread.submit(self._guarded, partial(self._upload, self._under_way))
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Run background work; its failure travels in the next control word."""
+        """Run background work; its failure travels in the next control word. After one nothing more is written: a
+        fenced attempt must not commit again while that word is on its way."""
+        if self._failure is not None:
+            return
         try:
             work()
         except AlreadyExists as error:

@@ -16,6 +16,8 @@ from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, r
 
 pytestmark = pytest.mark.ranks
 
+Resumed = tuple[DirStore, dict[Any, Result], dict[Any, Result]]
+Moved = tuple[DirStore, dict[tuple[int, int], Result], dict[int, Result]]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
     "sgd": {"name": "sgd", "lr": 0.05, "weight_decay": 0.01},
@@ -35,7 +37,7 @@ def spec_of(stage: int, optimizer: str, precision: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[DirStore, dict[Any, Result], dict[Any, Result]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     """Each variant run to its end, and again from its checkpoint at step 3 by other processes."""
     root = tmp_path_factory.mktemp("resume")
     whole = [Run(make_attempt(spec_of(*variant), 2, 2 * i + 1)) for i, variant in enumerate(VARIANTS)]
@@ -49,9 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[DirStore, dict[Any, 
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_resumed_run_has_the_same_bits(
-    runs: tuple[DirStore, dict[Any, Result], dict[Any, Result]], variant: tuple[int, str, str]
-) -> None:
+def test_resumed_run_has_the_same_bits(runs: Resumed, variant: tuple[int, str, str]) -> None:
     store, whole, resumed = runs
     assert whole[variant].outcome.reason is resumed[variant].outcome.reason is ExitReason.COMPLETED
     assert resumed[variant].losses == whole[variant].losses[3:]
@@ -69,7 +69,7 @@ def test_resumed_run_has_the_same_bits(
 
 
 def test_checkpoint_moves_on_with_training(
-    runs: tuple[DirStore, dict[Any, Result], dict[Any, Result]],
+    runs: Resumed,
 ) -> None:
     """Or the comparison above would compare nothing."""
     store, whole, _ = runs
@@ -99,9 +99,7 @@ def number_of(source: int, target: tuple[int, int], continued: bool) -> int:
 
 
 @pytest.fixture(scope="module")
-def moved(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[DirStore, dict[tuple[int, int], Result], dict[int, Result]]:
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Moved:
     """States saved by each source, loaded by each target and saved again; and trained on from step 3 by each target."""
     root = tmp_path_factory.mktemp("moved")
     saved: dict[tuple[int, int], Result] = {}
@@ -133,7 +131,7 @@ def moved(
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("source", SOURCES, ids=str)
 def test_state_moves_between_stages_and_world_sizes(
-    moved: tuple[DirStore, dict[tuple[int, int], Result], dict[int, Result]],
+    moved: Moved,
     source: tuple[int, int],
     target: tuple[int, int],
 ) -> None:
@@ -153,7 +151,7 @@ def test_state_moves_between_stages_and_world_sizes(
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("source", [(0, 1), (3, 2)], ids=str)
 def test_training_goes_on_elsewhere_with_the_same_losses(
-    moved: tuple[DirStore, dict[tuple[int, int], Result], dict[int, Result]],
+    moved: Moved,
     source: tuple[int, int],
     target: tuple[int, int],
 ) -> None:
