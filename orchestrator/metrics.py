@@ -122,7 +122,7 @@ class _Columns:
 
 def _last_valid_steps(session: Session, job_id: str) -> dict[int, int | None]:
     rows = session.execute(select(AttemptRow.number, AttemptRow.from_step).where(AttemptRow.job_id == job_id))
-    return last_valid_steps(dict(rows.tuples().all()))
+    return last_valid_steps({row.number: row.from_step for row in rows})
 
 
 def _in_lineage(limits: Mapping[int, int | None]) -> ColumnElement[bool]:

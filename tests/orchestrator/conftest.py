@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -19,6 +20,13 @@ from tests.fakes.memory_store import MemoryStore
 
 ADMIN_TOKEN = "pw_admin-token-of-the-tests"
 WORKER_SECRET = "worker-secret-of-the-tests"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_logs() -> None:
+    """structlog's default draws tracebacks with every local variable, which takes seconds."""
+    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, renderer])
 
 
 @pytest.fixture
