@@ -110,15 +110,16 @@ def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: 
     """Bytes each rank holds between steps, with fp32 parameters (bf16 is autocast: parameters stay fp32).
 
     Per parameter: weight 4, gradient 4, moments 8 (AdamW) or 4 (SGD). A stage partitions over the w workers: 1 the
-    moments, 2 also the gradients, 3 also the weights. Stages 1 and 2 keep a second fp32 copy of the rank's own part of
-    the weights, which the optimizer updates (DeepSpeed 0.19 stage_1_and_2.py, single_partition_of_fp32_groups); stage 3
-    does not (stage3.py reuses the partition when it is fp32 already).
+    moments, 2 also the gradients, 3 also the weights. Stages 1 to 3 keep a second fp32 copy of the rank's own part of
+    the weights, which the optimizer updates (DeepSpeed 0.19: single_partition_of_fp32_groups of stage_1_and_2.py,
+    fp32_partitioned_groups_flat of stage3.py; the latter means to share what is fp32 already, and does not).
+    Checked against DeepSpeed's engine on CPU by a test.
     """
     parameters = num_parameters(config)
     shard = -(-parameters // world_size)
     moments = optimizer_bytes_per_parameter(optimizer)
     weights = FP32 * (shard if zero_stage >= 3 else parameters)
-    master = FP32 * shard if zero_stage in (1, 2) else 0
+    master = FP32 * shard if zero_stage >= 1 else 0
     gradients = FP32 * (shard if zero_stage >= 2 else parameters)
     return weights + master + gradients + moments * (shard if zero_stage >= 1 else parameters)
 

@@ -102,11 +102,11 @@ def test_parameters_are_those_of_the_built_model(fields: dict[str, Any]) -> None
         ("adamw", 0, 16),
         ("adamw", 1, 4 + 4 + (8 + 4) / 4),
         ("adamw", 2, 4 + (4 + 8 + 4) / 4),
-        ("adamw", 3, (4 + 4 + 8) / 4),
+        ("adamw", 3, (4 + 4 + 4 + 8) / 4),
         ("sgd", 0, 12),
         ("sgd", 1, 4 + 4 + (4 + 4) / 4),
         ("sgd", 2, 4 + (4 + 4 + 4) / 4),
-        ("sgd", 3, (4 + 4 + 4) / 4),
+        ("sgd", 3, (4 + 4 + 4 + 4) / 4),
     ],
 )
 def test_state_of_four_workers(optimizer: str, stage: int, per_parameter: float) -> None:
