@@ -4,8 +4,9 @@
     N  tokens (with the class token)       P  parameters  w  workers
 
 Counts of parameters are exact. Multiply-accumulates count every matrix product (attention's two included) and nothing
-else, which reproduces the exaFLOPs of Table 6 of the paper within 2 % (ViT rows). Memory is a model of what PyTorch and
-DeepSpeed keep; what autograd saves is checked against torch's saved_tensors_hooks by tests, GPU peaks are not measured.
+else, which reproduces the exaFLOPs of Table 6 of the paper (ViT rows) within 1 %, B/32 within 3 %. Memory is a model of
+what PyTorch and DeepSpeed keep: on CPU, tests check it against autograd's saved tensors and against DeepSpeed's engine;
+GPU peaks were never measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_CPU_MICRO_BATCH = 128
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory and peak rates of a GPU: vendors' data sheets, dense matrix rates without sparsity."""
+    """Memory and peak rates of a GPU as its vendor gives them (not verified by us): dense, without sparsity."""
 
     name: str
     memory_gib: float

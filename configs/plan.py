@@ -116,10 +116,12 @@ def _parse_gpu(gpu: str | None) -> tuple[Gpu | None, int | None]:
     known = ", ".join(GPUS)
     if match is None:
         raise SpecError.at("/gpu", f"gpu {gpu!r}: expected a GPU and a count, such as H100:8", gpu, known)
-    if match[1] not in GPUS:
-        hint = close_matches(match[1], GPUS)
+    # Ray says A100-80G, people also say A100-80GB and h100.
+    name = match[1].upper().removesuffix("B")
+    if name not in GPUS:
+        hint = close_matches(name, GPUS)
         raise SpecError.at("/gpu", f"unknown GPU {match[1]!r}: expected one of {known}.{hint}", gpu, known)
-    return GPUS[match[1]], int(match[2]) if match[2] else None
+    return GPUS[name], int(match[2]) if match[2] else None
 
 
 def _plan_training(

@@ -114,6 +114,11 @@ def test_unknown_gpus_are_refused(gpu: str) -> None:
     assert "H100" in (caught.value.errors[0].allowed or "")
 
 
+def test_gpus_are_known_by_the_names_people_use() -> None:
+    assert paper("paper/pretrain/imagenet-b16", gpu="A100-80GB:4").accelerator == "A100-80G"
+    assert paper("paper/pretrain/imagenet-b16", gpu="h100").accelerator == "H100"
+
+
 def test_a_count_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(SpecError) as caught:
         paper("paper/pretrain/imagenet-b16", gpu="H100:3")
