@@ -52,6 +52,7 @@ class _Watch:
         self.job_id = job_id
         self.out = out
         self._last_seq = 0
+        self._last_line = ""
 
     def run(self) -> JobPublic:
         answered = time.monotonic()
@@ -60,7 +61,7 @@ class _Watch:
                 job = self.client.jobs.get(self.job_id)
                 for event in self.client.jobs.events(self.job_id, self._last_seq):
                     self._last_seq = event.seq
-                    self.show_event(event)
+                    self._note(event)
                 answered = time.monotonic()
             except Unreachable as error:
                 if time.monotonic() - answered > _ABSENT_S:
@@ -72,8 +73,15 @@ class _Watch:
                     return job
             time.sleep(POLL_S)
 
-    def show_event(self, event: EventPublic) -> None:
-        self.out.print(f"[dim]{event.at.astimezone():%H:%M:%S}[/]  {escape(event.message)}")
+    def _note(self, event: EventPublic) -> None:
+        """One line for an event; none if the one before said the same (an attempt's end and the job's, say)."""
+        line = event.message.partition("\n")[0]
+        if line not in self._last_line:
+            self.show_event(f"[dim]{event.at.astimezone():%H:%M:%S}[/]  {escape(line)}")
+        self._last_line = line
+
+    def show_event(self, line: str) -> None:
+        self.out.print(line)
 
     def show_trouble(self, message: str) -> None:
         self.out.print(f"[yellow]{escape(message)}[/]")
@@ -108,8 +116,8 @@ class _Live(_Watch):
             self._task: TaskID = self._bar.add_task("", total=None, position="", measures="")
             return super().run()
 
-    def show_event(self, event: EventPublic) -> None:
-        self._bar.console.print(f"[dim]{event.at.astimezone():%H:%M:%S}[/]  {escape(event.message)}")
+    def show_event(self, line: str) -> None:
+        self._bar.console.print(line)
 
     def show_job(self, job: JobPublic) -> None:
         running = job.progress.total_steps if job.state in ("RUNNING", "SUCCEEDED") else None
@@ -147,8 +155,7 @@ def _measures(job: JobPublic) -> str:
 
 def _print_summary(job: JobPublic, out: Console) -> None:
     took = None if job.ended_at is None else (job.ended_at - job.created_at).total_seconds()
-    reason = f" ({job.reason})" if job.reason and job.reason != "COMPLETED" else ""
-    out.print(f"{output.state(job.state)}{reason} after {output.duration(took)}. {escape(job.message)}")
+    out.print(f"{output.state(job.state)} after {output.duration(took)}. {escape(output.explanation(job))}")
     top1 = job.last_metrics.get("eval/top1")
     if top1 is not None:
         out.print(f"  top-1       {output.percent(top1)}")

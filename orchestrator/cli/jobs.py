@@ -170,8 +170,7 @@ def show(
 def _print_job(job: JobPublic) -> None:
     out = output.console()
     out.print(f"[bold]{job.id}[/]  {escape(job.name)}  ({job.kind}, project {job.project}, priority {job.priority})")
-    reason = f" [dim]{job.reason}[/]" if job.reason else ""
-    out.print(f"  state       {output.state(job.state)}{reason} {escape(job.message)}")
+    out.print(f"  state       {output.state(job.state)}  {escape(output.explanation(job))}")
     if job.queue is not None:
         eta = f", starts in about {output.duration(job.queue.eta_s)}" if job.queue.eta_s is not None else ""
         out.print(f"  queue       position {job.queue.position}{eta}")

@@ -34,7 +34,7 @@ app = typer.Typer(
 
   patchwork presets
 
-  patchwork plan --preset paper/pretrain/l16-imagenet21k --gpu H100:64
+  patchwork plan --preset paper/pretrain/imagenet21k-l16-90ep --gpu H100:64
 """,
 )
 _RUN, _LOOK, _PLAN, _SERVER = "Run jobs", "Look at jobs", "Plan (no server needed)", "Server"

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.schemas import JobPublic
+
 STATE_STYLES = {
     "QUEUED": "yellow",
     "PREPARING": "cyan",
@@ -29,8 +31,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def console() -> Console:
-    """Standard output. Made anew: tests replace the stream."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Standard output; wide where it is a file or a pipe, so that nothing is folded."""
+    width = None if sys.stdout.isatty() else 240
+    return Console(file=sys.stdout, highlight=False, width=width)
 
 
 def errors() -> Console:
@@ -64,6 +67,14 @@ def state(value: str) -> str:
     """A job's state with its colour, as markup."""
     style = STATE_STYLES.get(value)
     return f"[{style}]{value}[/]" if style else escape(value)
+
+
+def explanation(job: JobPublic) -> str:
+    """Why a job is in its state, in one line: the reason and the first line of the message, said once."""
+    message = job.message.partition("\n")[0]
+    if not job.reason or job.reason == "COMPLETED" or job.reason in message:
+        return message
+    return f"{job.reason}: {message}" if message else job.reason
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -37,7 +37,7 @@ def plan(
 
     Examples:
 
-      patchwork plan --preset paper/pretrain/vit-l16-imagenet21k --gpu H100:64
+      patchwork plan --preset paper/pretrain/imagenet21k-l16-90ep --gpu H100:64
 
       patchwork plan my-job.yaml --set model.variant=H/14 --gpu A100-80GB:32
     """

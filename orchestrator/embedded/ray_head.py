@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 import tempfile
@@ -83,6 +84,8 @@ class RayHead:
             write_private(token_file, self.token)
         env = {k: v for k, v in clean_environment().items() if not k.startswith("RAY_")}
         env |= {
+            # `python` in an entrypoint has to be this interpreter.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
