@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -79,9 +78,9 @@ class Observer:
     ) -> None:
         self._db, self._launcher, self._store, self._settings, self._clock = db, launcher, store, settings, clock
         self._watching_since = clock()
-        self._registered_at: dict[str, float] = {}
+        self._registered_at: dict[str, datetime] = {}
         self._cluster_lock = threading.Lock()
-        self._cluster: tuple[float, ClusterStatus] | None = None
+        self._cluster: tuple[datetime, ClusterStatus] | None = None
 
     def look(self, claim: Claim, facts: Facts) -> Observation:
         """What can be seen of the claimed job now; registers the checkpoints found on the way.
@@ -128,7 +127,7 @@ class Observer:
     def _see_cluster(self) -> ClusterStatus | None:
         """The cluster as it was within the last second; None if it does not answer."""
         with self._cluster_lock:
-            if self._cluster is not None and time.monotonic() - self._cluster[0] < CLUSTER_MAX_AGE_S:
+            if self._cluster is not None and not self._is_older(self._cluster[0], CLUSTER_MAX_AGE_S):
                 return self._cluster[1]
             try:
                 status = self._launcher.cluster()
@@ -136,7 +135,7 @@ class Observer:
                 log.warning("The cluster does not answer.", error=type(error).__name__, detail=str(error))
                 self._cluster = None
                 return None
-            self._cluster = (time.monotonic(), status)
+            self._cluster = (self._clock(), status)
             return status
 
     def _status(self, attempt: str) -> JobStatus | None:
@@ -168,11 +167,16 @@ class Observer:
         self._registered_at.pop(job_id, None)
 
     def _is_time_to_register(self, job_id: str) -> bool:
-        return time.monotonic() - self._registered_at.get(job_id, -REGISTER_EVERY_S) >= REGISTER_EVERY_S
+        registered_at = self._registered_at.get(job_id)
+        return registered_at is None or self._is_older(registered_at, REGISTER_EVERY_S)
+
+    def _is_older(self, then: datetime, seconds: float) -> bool:
+        # A clock that was set back must not keep an old view for as long as it was set back.
+        return not 0.0 <= (self._clock() - then).total_seconds() < seconds
 
     def _register(self, claim: Claim) -> None:
         new = register_manifests(self._db, self._store, claim.job_id)
-        self._registered_at[claim.job_id] = time.monotonic()
+        self._registered_at[claim.job_id] = self._clock()
         if new:
             renew(self._db, claim, self._clock(), self._settings.lease_s)
             apply_retention(self._db, self._store, claim.job_id, self._clock())
