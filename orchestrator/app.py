@@ -18,7 +18,7 @@ from orchestrator.api.middleware import BodyLimit, RequestLog
 from orchestrator.db import Database
 from orchestrator.deps import Services
 from orchestrator.health import ReadinessProbe
-from orchestrator.problems import install_handlers
+from orchestrator.problems import PROBLEM_JSON, install_handlers
 from orchestrator.schemas import DatasetCreate, JobCreate, PlanCreate, Problem, TokenCreate
 from orchestrator.settings import Settings
 from orchestrator.store import ObjectStore
@@ -78,11 +78,20 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(_schemas_of(_REFERENCED))
-        # FastAPI's own form of 422, which no route answers with.
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
+        _drop_foreign_problems(document)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _drop_foreign_problems(document: dict[str, Any]) -> None:
+    """FastAPI declares its own form of 422 for every route with a parameter; none answers with it."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            content = operation["responses"].get("422", {}).get("content", {})
+            if PROBLEM_JSON not in content:
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:

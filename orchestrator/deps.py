@@ -49,7 +49,7 @@ def _actor(
     services: ServicesDep,
     _: Annotated[HTTPAuthorizationCredentials | None, Depends(_user_scheme)],
 ) -> Actor:
-    with services.db.session() as session:
+    with services.db.reader() as session:
         return authenticate(session, request.headers.get("authorization"), datetime.now(UTC))
 
 

@@ -37,6 +37,9 @@ LEVELS = ("debug", "info", "warning", "error")
 MAX_TAIL = 10_000
 _SCAN_BYTES = 16 * 1024 * 1024
 """A page stops after so many bytes, found or not, and says where to go on."""
+_MERGE_BYTES = 32 * 1024 * 1024
+"""Held at once while streams are merged; a thousand ranks get small windows each."""
+_SMALLEST_WINDOW = 64 * 1024
 _FOLLOW_LINES = 1000
 SETTLE_S = 3.0
 """After the end of a job its log counts as complete."""
@@ -238,9 +241,11 @@ class _Head:
 
 def _merged(store: ObjectStore, attempt: str, wanted: LogFilter, position: Position) -> Iterator[tuple[LogLine, int]]:
     """Lines with their sizes, merged by time over the attempt's streams; advances `position` with each one."""
+    streams = _streams(store, attempt, wanted)
+    window = max(_SMALLEST_WINDOW, _MERGE_BYTES // max(1, len(streams)))
     sources = {
-        stream: _lines(store, attempt, stream, sizes, position.streams.get(stream, (0, 0)))
-        for stream, sizes in _streams(store, attempt, wanted).items()
+        stream: _lines(store, attempt, stream, sizes, position.streams.get(stream, (0, 0)), window)
+        for stream, sizes in streams.items()
     }
     heads: list[tuple[float, str, _Head]] = []
     for stream, source in sources.items():
@@ -275,12 +280,13 @@ def _without_gap(sizes: Mapping[int, int]) -> list[int]:
     return [sizes[n] for n in itertools.takewhile(sizes.__contains__, itertools.count())]
 
 
-def _lines(store: ObjectStore, attempt: str, stream: str, sizes: list[int], start: tuple[int, int]) -> Iterator[_Head]:
+def _lines(
+    store: ObjectStore, attempt: str, stream: str, sizes: list[int], start: tuple[int, int], window: int
+) -> Iterator[_Head]:
     chunk, offset = start
     for number in range(chunk, len(sizes)):
-        data = _read_from(store, log_chunk_key(attempt, stream, number), offset if number == chunk else 0)
         at = offset if number == chunk else 0
-        for raw in data.splitlines(keepends=True):
+        for raw in raw_lines(store, log_chunk_key(attempt, stream, number), at, sizes[number], window):
             at += len(raw)
             # The end of a chunk is the start of the next one.
             after = (number, at) if at < sizes[number] else (number + 1, 0)
@@ -289,12 +295,24 @@ def _lines(store: ObjectStore, attempt: str, stream: str, sizes: list[int], star
                 yield _Head(line, len(raw), after)
 
 
-def _read_from(store: ObjectStore, key: str, offset: int) -> bytes:
-    try:
-        return b"".join(store.stream(key, offset)) if offset else store.get(key)
-    except NotFound:
-        # Listed a moment ago: the job's files were deleted meanwhile.
-        return b""
+def raw_lines(store: ObjectStore, key: str, start: int, size: int, window: int) -> Iterator[bytes]:
+    """The lines of an object of `size` bytes from byte `start` on, each with its newline, read `window` bytes at a
+    time."""
+    rest = b""
+    while start < size:
+        try:
+            piece = b"".join(store.stream(key, start, min(window, size - start)))
+        except NotFound:
+            # Listed a moment ago: the job's files were deleted meanwhile.
+            return
+        start += len(piece)
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line + b"\n"
+        if not piece:
+            break
+    if rest:
+        yield rest
 
 
 def _parse(raw: bytes) -> LogLine | None:
@@ -315,7 +333,9 @@ def _tail(
     for stream, sizes in _streams(store, attempt, wanted).items():
         ends[stream] = (len(sizes), 0)
         for number in reversed(range(len(sizes))):
-            lines = [head.line for head in _lines(store, attempt, stream, sizes[: number + 1], (number, 0))]
+            lines = [
+                head.line for head in _lines(store, attempt, stream, sizes[: number + 1], (number, 0), _MERGE_BYTES)
+            ]
             if len(newest) >= num_lines and lines and lines[-1].t.timestamp() < newest[0][0]:
                 break
             for index, line in enumerate(lines):

@@ -96,11 +96,12 @@ class EventStream(EventSourceResponse):
         recheck: Callable[[], object],
         *,
         interval_s: float,
+        recheck_s: float = RECHECK_S,
     ) -> None:
         limit.enter(actor.token_id)
         self._limit = limit
         self._token_id = actor.token_id
-        super().__init__(_follow(limit, poll, recheck, interval_s), ping=KEEPALIVE_S, sep="\n")
+        super().__init__(_follow(limit, poll, recheck, interval_s, recheck_s), ping=KEEPALIVE_S, sep="\n")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -110,12 +111,12 @@ class EventStream(EventSourceResponse):
 
 
 async def _follow(
-    limit: StreamLimit, poll: Callable[[], Batch], recheck: Callable[[], object], interval_s: float
+    limit: StreamLimit, poll: Callable[[], Batch], recheck: Callable[[], object], interval_s: float, recheck_s: float
 ) -> AsyncIterator[ServerSentEvent]:
     checked = time.monotonic()
     while True:
         try:
-            if time.monotonic() - checked >= RECHECK_S:
+            if time.monotonic() - checked >= recheck_s:
                 await limit.run(recheck)
                 checked = time.monotonic()
             batch = await limit.run(poll)

@@ -37,6 +37,7 @@ from orchestrator.tables import CheckpointRow, DatasetRow, JobRow
 from orchestrator.transitions import enqueue
 
 _Found = TypeVar("_Found")
+_UNDECIDED = "ckpt_undecided"
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _look_up(
     session: Session, request: Request, *, for_plan: bool, hold: bool
 ) -> tuple[JobSpec, DatasetCard | None, SourceCheckpoint | None, str | None]:
     """The parsed spec with its data set's card, the checkpoint it starts from, and how that is stored."""
-    spec = parse_spec(apply_overrides(request.spec, request.overrides))
+    spec = _parse(request, for_plan=for_plan)
     faults: list[FieldError] = []
     source, init_from = None, None
     if isinstance(spec, FinetuneJob | EvaluateJob | ExportJob):
@@ -211,6 +212,20 @@ def _look_up(
     if faults:
         raise SpecError(faults)
     return spec, card, source, init_from
+
+
+def _parse(request: Request, *, for_plan: bool) -> JobSpec:
+    raw = apply_overrides(request.spec, request.overrides)
+    try:
+        return parse_spec(raw)
+    except SpecError as error:
+        if not for_plan or "init_from" in raw or [fault.pointer for fault in error.errors] != ["/init_from"]:
+            raise
+        # To plan a fine-tune that says its own sizes, the checkpoint need not be chosen yet.
+        spec = parse_spec({**raw, "init_from": _UNDECIDED})
+        if isinstance(spec, FinetuneJob) and spec.model.has_sizes:
+            return spec
+        raise
 
 
 def _collect(faults: list[FieldError], step: Callable[[], _Found]) -> _Found | None:

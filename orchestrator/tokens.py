@@ -37,7 +37,7 @@ def create_token(db: Database, actor: Actor, request: TokenCreate) -> TokenCreat
 
 def list_tokens(db: Database) -> TokenPage:
     """Every token, the newest first, revoked ones too."""
-    with db.session() as session:
+    with db.reader() as session:
         rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at.desc(), TokenRow.id.desc()))
         return TokenPage(items=tuple(_public(row) for row in rows))
 

@@ -92,7 +92,9 @@ def add_checkpoint(db: Database, job_id: str, step: int, attempt: int = 1, **fie
         return row.id
 
 
-def add_log_chunk(store: MemoryStore, attempt: str, stream: str, chunk: int, lines: Sequence[tuple[float, str]]) -> None:
+def add_log_chunk(
+    store: MemoryStore, attempt: str, stream: str, chunk: int, lines: Sequence[tuple[float, str]]
+) -> None:
     """A chunk as a courier ships it: lines of (seconds after T0, message); 'error: …' is an error."""
     made = [
         LogLine(

@@ -92,7 +92,10 @@ def test_everything_wrong_is_said_at_once(api: TestClient, db: Database) -> None
     spec = spec_with(train__seed="x", optim__lr=0, surprise=1)
     assert {e.pointer for e in refused(api, db, spec).errors} == {"/train/seed", "/optim/lr", "/surprise"}
     spec = spec_with(
-        kind="finetune", init_from="ckpt_unknown", data__source={"type": "folder", "name": "x"}, queue__depends_on=[NO_JOB]
+        kind="finetune",
+        init_from="ckpt_unknown",
+        data__source={"type": "folder", "name": "x"},
+        queue__depends_on=[NO_JOB],
     )
     problem = refused(api, db, spec)
     assert {e.pointer for e in problem.errors} == {"/init_from", "/data/source/name", "/queue/depends_on/0"}
@@ -127,9 +130,7 @@ def test_what_is_no_checkpoint_reference_is_refused(api: TestClient, db: Databas
 
 
 @pytest.mark.db
-def test_a_job_may_start_from_one_it_waits_for_and_from_no_other_unfinished_one(
-    api: TestClient, db: Database
-) -> None:
+def test_a_job_may_start_from_one_it_waits_for_and_from_no_other_unfinished_one(api: TestClient, db: Database) -> None:
     source = submit(api)["id"]
     reference = f"{source}/best"
     problem = refused(api, db, finetune(reference))
@@ -206,7 +207,10 @@ def test_a_body_that_is_no_submission_is_refused(api: TestClient, db: Database, 
 
 
 def test_a_yaml_bomb_is_refused(api: TestClient) -> None:
-    lines = ["a: &a [x, x, x]", *(f"{new}: &{new} [*{old}, *{old}, *{old}]" for old, new in zip("abc", "bcd", strict=True))]
+    lines = [
+        "a: &a [x, x, x]",
+        *(f"{new}: &{new} [*{old}, *{old}, *{old}]" for old, new in zip("abc", "bcd", strict=True)),
+    ]
     response = api.post("/v1/jobs", content="\n".join(lines), headers={"Content-Type": "application/yaml"})
     assert response.status_code == 422
     assert "aliases" in response.text

@@ -155,7 +155,17 @@ def test_positions_follow_priority_then_age(api: TestClient) -> None:
 
 @pytest.mark.parametrize("job_id", ["job_01JD3Q8Z6M0000000000000000", "nonsense", "job_%00", "..%2f..%2fetc"])
 def test_an_unknown_job_is_not_found(api: TestClient, job_id: str) -> None:
-    for path in ("", "/attempts", "/events", "/events/stream", "/metrics", "/logs", "/checkpoints", "/exports", "/report"):
+    for path in (
+        "",
+        "/attempts",
+        "/events",
+        "/events/stream",
+        "/metrics",
+        "/logs",
+        "/checkpoints",
+        "/exports",
+        "/report",
+    ):
         response = api.get(f"/v1/jobs/{job_id}{path}")
         assert response.status_code == 404, path
         assert response.json()["code"] == "not_found"
@@ -226,7 +236,7 @@ def test_retry_copies_the_job_and_continues_from_its_last_checkpoint(api: TestCl
     assert events == ["job.queued", "job.failed", "job.retried", "job.retried"]
 
 
-# -- Idempotency-Key -----------------------------------------------------------------------------------------------------
+# -- Idempotency-Key ---------------------------------------------------------------------------------------------------
 @pytest.mark.db
 def test_a_repeated_key_replays_the_first_answer(api: TestClient, db: Database) -> None:
     headers = {"Idempotency-Key": "once"}

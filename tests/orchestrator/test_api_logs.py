@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from configs.states import AttemptState, JobState
@@ -178,6 +180,16 @@ def test_a_job_without_attempts_has_an_empty_log(api: TestClient, job_id: str) -
     page = read(api, job_id)
     assert (page["lines"], page["complete"]) == ([], False)
     assert api.get(f"/v1/jobs/{job_id}/logs?format=text").text == ""
+
+
+@given(data=st.binary(max_size=60), start=st.integers(0, 60), window=st.integers(1, 20))
+def test_lines_are_whole_whatever_the_window(data: bytes, start: int, window: int) -> None:
+    store = MemoryStore()
+    store.put("k", data)
+    found = list(logs.raw_lines(store, "k", start, len(data), window))
+    assert b"".join(found) == data[start:]
+    assert all(b"\n" not in line[:-1] and line for line in found)
+    assert all(line.endswith(b"\n") for line in found[:-1])
 
 
 def test_a_cursor_that_unpacks_to_gigabytes_is_refused() -> None:

@@ -60,7 +60,7 @@ def test_a_job_that_started_over_forgets_the_first_try(api: TestClient, db: Data
 @pytest.mark.db
 def test_long_series_are_joined_and_keep_their_extremes(api: TestClient, db: Database, job_id: str) -> None:
     add_attempt(db, job_id)
-    values: dict[int, float | None] = {step: 0.0 for step in range(1, 1001)}
+    values: dict[int, float | None] = dict.fromkeys(range(1, 1001), 0.0)
     values |= {500: 100.0, 700: -100.0}
     add_points(db, job_id, 1, values)
     found = series(api, job_id, max_points=10)
@@ -97,9 +97,7 @@ def test_last_valid_steps() -> None:
     max_points=st.integers(1, 20),
     stride=st.integers(1, 7),
 )
-def test_downsampling_keeps_ends_extremes_and_counts(
-    values: list[float | None], max_points: int, stride: int
-) -> None:
+def test_downsampling_keeps_ends_extremes_and_counts(values: list[float | None], max_points: int, stride: int) -> None:
     points = [Point(step=5 + index * stride, attempt=1, value=value) for index, value in enumerate(values)]
     found = downsample(points, "x", points[0].step, points[-1].step, max_points)
     finite = [value for value in values if value is not None]
