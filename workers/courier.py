@@ -177,7 +177,7 @@ class Courier:
             else:
                 with self._lock:
                     self._flushes.extend(flushes)
-            self._wake.wait(_POLL_S if shipped else _PAUSE_AFTER_ERROR_S)
+            self._wake.wait(_POLL_S if shipped or flushes else _PAUSE_AFTER_ERROR_S)
             self._wake.clear()
 
     def _ship_all(self, final: bool) -> bool:

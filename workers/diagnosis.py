@@ -103,9 +103,8 @@ _ECHO = re.compile(
     r"timed out (after|waiting).*(recv|send|store|peer)|tcp ?store|distnetworkerror|distbackenderror",
     re.IGNORECASE,
 )
-_OOM_HOST = re.compile(
-    r"out.?of.?memory|\boom\b|memory (pressure|monitor|usage threshold)|cannot allocate memory", re.I
-)
+# Not "OOM" alone: Ray's text for every crashed process names the OOM killer as one of its guesses.
+_OOM_HOST = re.compile(r"OutOfMemoryError|running low on memory|memory (monitor|usage threshold)", re.IGNORECASE)
 _OOM_GPU = re.compile(r"cuda.{0,40}out of memory|outofmemoryerror", re.IGNORECASE)
 
 

@@ -84,6 +84,7 @@ class Run:
     group: WorkerGroup
     forwarder: Forwarder
     couriers: Couriers
+    is_node_alive: Callable[[str], bool]
     clock: Callable[[], float] = time.monotonic
     terminated: threading.Event = field(default_factory=threading.Event)
     """Set by SIGTERM: Ray was asked to stop this job."""
@@ -223,7 +224,7 @@ def _evidence(
         info = run.drained.infos.get(rank)
         node = info.node if info else ""
         if failure.has_died:
-            is_gone = info is not None and not is_node_alive(info.node_id)
+            is_gone = info is not None and not run.is_node_alive(info.node_id)
             vanished.append(Vanished(rank, node, failure.error_type, failure.message, is_gone))
         else:
             raised = RankEnd(
@@ -377,38 +378,55 @@ def keep_environment_to_driver(environment: MutableMapping[str, str]) -> None:
 
 
 def main(run_rank: Callable[..., Any] | None = None) -> int:
-    """Drives this Ray job's attempt to its end. Returns the exit status."""
+    """Drives this Ray job's attempt to its end. Returns the exit status. `run_rank` is for tests."""
     logs.configure(sys.stderr)
-    scratch = Path(tempfile.mkdtemp(prefix="pw-driver-"))
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    scratch = Path(tempfile.mkdtemp(prefix="pw-driver-"))
     try:
         attempt_id = own_attempt_id(os.environ)
         settings = load_node_settings()
+        store = open_store(settings)
         with logs.open_stream(logs.log_path(settings.log_dir, attempt_id, "driver")) as file:
             logs.configure(sys.stderr, file)
-            store = open_store(settings)
-            attempt = read_attempt(store, attempt_id)
-            keep_environment_to_driver(os.environ)
-            ray.init(log_to_driver=False, logging_level="warning")
-            # ray.init brings a handler of its own.
-            signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-            run_id = ray.get_runtime_context()
-            forwarder = claim_attempt(attempt, settings, run_id.get_session_name(), scratch / "spool")
-            if forwarder.is_fenced:
-                log.error("Another driver has this attempt.")
-                return 0
-            courier = Courier(attempt_id, settings.log_dir, store)
-            couriers = Couriers(attempt_id, courier, run_id.get_node_id())
-            hub, group = start_workers(attempt, settings, scratch / "train", run_rank)
-            run = Run(attempt, settings, store, hub, group, forwarder, couriers, terminated=terminated)
-            forwarder.start()
-            return 0 if drive(run) is not None else 1
-    except DriverError as error:
+            try:
+                return _drive_attempt(attempt_id, settings, store, scratch, terminated, run_rank)
+            except Exception as error:
+                log.error("The driver failed.", exc_info=True)
+                message = f"The driver failed: {type(error).__name__}: {error}"[:2000]
+                reason = ExitReason.STORAGE_ERROR if isinstance(error, StoreError) else ExitReason.PLATFORM_ERROR
+                exit_file = ExitFile(attempt_id=attempt_id, reason=reason, message=message, ended_at=datetime.now(UTC))
+                return 0 if put_exit(store, exit_file, EXIT_WRITE_S) else 1
+    except (DriverError, ValueError, OSError) as error:
         log.error("The driver cannot begin.", error=str(error))
         return 1
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _drive_attempt(
+    attempt_id: str,
+    settings: NodeSettings,
+    store: ObjectStore,
+    scratch: Path,
+    terminated: threading.Event,
+    run_rank: Callable[..., Any] | None,
+) -> int:
+    attempt = read_attempt(store, attempt_id)
+    keep_environment_to_driver(os.environ)
+    ray.init(log_to_driver=False, logging_level="warning")
+    # ray.init brings a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    context = ray.get_runtime_context()
+    forwarder = claim_attempt(attempt, settings, context.get_session_name(), scratch / "spool")
+    if forwarder.is_fenced:
+        log.error("Another driver has this attempt, or it has ended: this one leaves.")
+        return 0
+    forwarder.start()
+    couriers = Couriers(attempt_id, Courier(attempt_id, settings.log_dir, store), context.get_node_id())
+    hub, group = start_workers(attempt, settings, scratch / "train", run_rank)
+    run = Run(attempt, settings, store, hub, group, forwarder, couriers, is_node_alive, terminated=terminated)
+    return 0 if drive(run) is not None else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from configs.wire import Heartbeat
 from workers.diagnosis import Hang
 
 SLOW = 6.0
-"""Phases without steps (building, loading, saving…), and the first step, which compiles, may take so many times longer."""
+"""Phases without steps (building, loading, saving…) and the first step, which compiles, may take so much longer."""
 _STEPPING = ("training", "evaluating")
 
 

@@ -25,6 +25,7 @@ from workers.store import NotFound, S3Store
 REPOSITORY = Path(__file__).parents[2]
 T = TypeVar("T")
 STANDIN = "python -m tests.workers.standin_driver"
+LEAKY = "python -m tests.workers.leaky_driver"
 
 
 def wait_for(look: Callable[[], T | None], timeout_s: float, what: str) -> T:
@@ -64,8 +65,8 @@ class Cluster:
             "worker_secret": SECRET,
             "log_dir": str(directory / "logs"),
             "stop_grace_s": 20,
-            "hang_timeout_s": 8,
-            "silent_timeout_s": 5,
+            "hang_timeout_s": 30,
+            "silent_timeout_s": 8,
         }
         node_file = directory / "node.json"
         node_file.write_text(json.dumps(node))
@@ -107,24 +108,28 @@ class Cluster:
             created_at=datetime.now(UTC),
             **fields,
         )
-        self.store.put(attempt_key(attempt.attempt_id), attempt.model_dump_json().encode())
+        self.put_attempt(attempt)
         return attempt
 
-    def submit(self, attempt: AttemptFile, entrypoint: str) -> None:
+    def put_attempt(self, attempt: AttemptFile) -> None:
+        self.store.put(attempt_key(attempt.attempt_id), attempt.model_dump_json().encode())
+
+    def submit(self, submission_id: str, entrypoint: str, **variables: str) -> None:
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": "10", **variables}
         body = {
-            "submission_id": attempt.attempt_id,
+            "submission_id": submission_id,
             "entrypoint": entrypoint,
-            "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "10"}},
+            "runtime_env": {"env_vars": variables},
             "entrypoint_num_cpus": 0,
         }
         self.request("POST", "/api/jobs/", json=body)
 
-    def job(self, attempt: AttemptFile) -> dict[str, Any]:
-        details: dict[str, Any] = self.request("GET", f"/api/jobs/{attempt.attempt_id}").json()
+    def job(self, submission_id: str) -> dict[str, Any]:
+        details: dict[str, Any] = self.request("GET", f"/api/jobs/{submission_id}").json()
         return details
 
-    def stop_job(self, attempt: AttemptFile) -> None:
-        self.request("POST", f"/api/jobs/{attempt.attempt_id}/stop")
+    def stop_job(self, attempt_id: str) -> None:
+        self.request("POST", f"/api/jobs/{attempt_id}/stop")
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         with httpx.Client(base_url=self.ray.address, headers=self.ray.headers, trust_env=False, timeout=20) as client:
@@ -132,9 +137,9 @@ class Cluster:
         response.raise_for_status()
         return response
 
-    def live(self, attempt: AttemptFile) -> list[str]:
+    def live(self, attempt_id: str) -> list[str]:
         """Actors and placement groups of the attempt's Ray job that are not gone."""
-        job_id = self.job(attempt).get("job_id")
+        job_id = self.job(attempt_id).get("job_id")
         found = []
         for what, key, gone in (("actors", "job_id", "DEAD"), ("placement_groups", "creator_job_id", "REMOVED")):
             parameters = {"filter_keys": key, "filter_predicates": "=", "filter_values": job_id, "limit": 1000}
@@ -153,9 +158,9 @@ class Cluster:
 
         def look() -> ExitFile | None:
             found = self.exit_file(attempt)
-            if found is None and self.job(attempt)["status"] in ("FAILED", "SUCCEEDED", "STOPPED"):
+            if found is None and self.job(attempt.attempt_id)["status"] in ("FAILED", "SUCCEEDED", "STOPPED"):
                 found = self.exit_file(attempt)
-                assert found is not None, self.job(attempt)["message"]
+                assert found is not None, self.job(attempt.attempt_id)["message"]
             return found
 
         return wait_for(look, timeout_s, "exit.json")
