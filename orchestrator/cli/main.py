@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from configs.load import SpecError
-from orchestrator.cli import admin, jobs, output, plan, stack, telemetry, weights
+from orchestrator.cli import admin, demo, jobs, output, plan, stack, telemetry, weights
 from orchestrator.cli.follow import Detached
 from orchestrator.cli.options import Wiring
 from orchestrator.client import ApiError, NotConfigured, PatchworkError, Unreachable
@@ -58,6 +58,8 @@ for command, panel in (
     (admin.version, _SERVER),
 ):
     app.command({"list_jobs": "list"}.get(command.__name__, command.__name__), rich_help_panel=panel)(command)
+# For `make demo`: it wants a folder it may empty.
+app.command("demo", hidden=True)(demo.demo)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)
 app.add_typer(admin.tokens_app, name="tokens", rich_help_panel=_SERVER)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from orchestrator.cli import output
 from orchestrator.cli.options import DataDirectory
+from orchestrator.cli.steps import Steps
 from orchestrator.client import PatchworkError
 from orchestrator.embedded.data_dir import AlreadyRunning, DataDir, default_data_dir
 
@@ -56,15 +56,16 @@ def up(
       patchwork up --detach --port 0 --data-dir ./patchwork-data
     """
     directory = DataDir(data_dir or default_data_dir())
+    out = output.console()
     if detach:
-        _start_detached(directory, port, cpus, data_root)
+        start_detached(directory, port, cpus, data_root, out)
+        _print_ready(out, directory)
         return
     try:
         from orchestrator.embedded.stack import Stack
     except ModuleNotFoundError as error:
         raise StackError(f"{error.name} is not installed: pip install 'patchwork-vit[local]'") from error
-    out = output.console()
-    steps = _Steps(out)
+    steps = Steps(out)
     stack = Stack(directory, port=port, num_cpus=cpus, data_root=data_root, on_step=steps.note)
     stop = _stop_on_signals()
     try:
@@ -115,39 +116,6 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
-class _Steps:
-    """Shows the parts starting: spinners on a terminal, lines elsewhere."""
-
-    def __init__(self, out: Console) -> None:
-        self._out = out
-        self._bar = Progress(
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=out,
-            disable=not out.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._started = time.monotonic()
-
-    def __enter__(self) -> None:
-        self._bar.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def note(self, part: str, state: str) -> None:
-        """A part is starting, ready or failed."""
-        if not self._out.is_terminal:
-            self._out.print(f"{part}: {state} ({time.monotonic() - self._started:.1f} s)")
-        if part not in self._tasks:
-            self._tasks[part] = self._bar.add_task(part, total=1)
-        if state == "ready":
-            self._bar.update(self._tasks[part], completed=1)
-        elif state == "failed":
-            self._bar.update(self._tasks[part], description=f"[red]{part} failed[/]")
-
-
 def _print_ready(out: Console, directory: DataDir) -> None:
     client = directory.read_client()
     assert client is not None, "written when the stack was ready"
@@ -161,7 +129,14 @@ def _print_ready(out: Console, directory: DataDir) -> None:
     out.print(f"  stop       Ctrl-C here, or patchwork down{option}")
 
 
-def _start_detached(directory: DataDir, port: int | None, cpus: int | None, data_root: Path | None) -> None:
+def start_detached(
+    directory: DataDir, port: int | None, cpus: int | None, data_root: Path | None, out: Console
+) -> None:
+    """Start the stack in a process of its own and return once it is ready.
+
+    Raises:
+        StackError: one runs there already, or it did not start; the message holds what it printed.
+    """
     running = directory.running()
     if running is not None:
         raise _explain(AlreadyRunning(directory.path, running))
@@ -174,8 +149,7 @@ def _start_detached(directory: DataDir, port: int | None, cpus: int | None, data
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    out = output.console()
-    steps = _Steps(out)
+    steps = Steps(out)
     shown: dict[str, str] = {}
     with steps:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -194,7 +168,6 @@ def _start_detached(directory: DataDir, port: int | None, cpus: int | None, data
         else:
             process.terminate()
             raise StackError(f"not ready after {_START_TIMEOUT_S:.0f} s; see {log_path}")
-    _print_ready(out, directory)
 
 
 def down(data_dir: DataDirectory = None) -> None:
