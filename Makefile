@@ -1,0 +1,37 @@
+# `make help` says what there is. Needs python3 (3.11 or newer), make and git; the first target makes the environment.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+# Where Fashion-MNIST may lie already; the demo finds or fetches it otherwise.
+DATA_ROOT ?= $(wildcard ../shared/data)
+ARGS ?=
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+env:  ## .venv, on top of a cached environment (see infra/env.sh)
+	@infra/env.sh dev
+
+demo: env  ## train, fine-tune, evaluate and fetch a small ViT on real images (STAY=1: leave the server running)
+	@$(PYTHON) -m orchestrator.cli.main demo $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(STAY),--stay)
+
+test: env  ## the tests, for example make test ARGS='tests/vit -x'
+	$(PYTHON) -m pytest $(ARGS)
+
+check: env lint types test  ## lint, types and tests
+
+lint: env  ## ruff, its formatter, and the import rules between packages
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+types: env  ## mypy, strict
+	$(PYTHON) -m mypy
+
+wheel: env  ## dist/*.whl
+	$(PYTHON) -m build --wheel --no-isolation
+
+clean:  ## remove what was made here (not the cached environment)
+	rm -rf .venv dist build demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.PHONY: help env demo test check lint types wheel clean
