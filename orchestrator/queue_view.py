@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
+import structlog
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
@@ -21,6 +22,7 @@ from orchestrator.launcher import ClusterStatus, NodeInfo
 from orchestrator.scheduling import ClusterView, Reservation, Start, Wait, WaitingJob, Worker, schedule
 from orchestrator.tables import AttemptRow, ClusterRow, JobRow
 
+log = structlog.get_logger(__name__)
 CLUSTER_ROW_ID = 1
 _HOLDING = [state for state in JobState if state.holds_resources]
 
@@ -39,7 +41,7 @@ def load_view(session: Session, now: datetime) -> ClusterView:
     reachable = cluster is not None and cluster.reachable
     nodes = tuple(NodeInfo.model_validate(node) for node in cluster.nodes) if cluster and reachable else None
     waiting = select(JobRow).where(JobRow.state == JobState.QUEUED, JobRow.start_workers.is_(None))
-    rows = list(session.scalars(waiting.where(JobRow.desired == Desired.RUN)))
+    rows = [row for row in session.scalars(waiting.where(JobRow.desired == Desired.RUN)) if _is_readable(row)]
     states = _dependency_states(session, rows)
     return ClusterView(nodes, tuple(_waiting_job(row, states) for row in rows), load_reservations(session), now)
 
@@ -51,7 +53,7 @@ def load_reservations(session: Session, excluding: str | None = None) -> tuple[R
         select(JobRow).where(or_(JobRow.state.in_(_HOLDING), promised), JobRow.id != (excluding or ""))
     )
     reservations = []
-    for job in jobs:
+    for job in filter(_is_readable, jobs):
         attempt = last_attempt(session, job)
         worker = needs(job.spec_json).worker
         if job.state == JobState.QUEUED:
@@ -116,6 +118,16 @@ def beat(db: Database, now: datetime) -> None:
     row = {"id": CLUSTER_ROW_ID, "cluster_id": "", "reachable": False, "nodes": [], "message": "", "seen_at": now}
     with db.session() as session:
         upsert(session, ClusterRow, [row | {"controller_at": now}], ["id"], update=["controller_at"])
+
+
+def _is_readable(row: JobRow) -> bool:
+    """Whether the row's spec can be understood; one that cannot must not keep all others from being scheduled."""
+    try:
+        needs(row.spec_json)
+    except (ValueError, TypeError, AttributeError) as error:
+        log.error("A queued job's spec cannot be read.", job=row.id, error=str(error))
+        return False
+    return True
 
 
 def _waiting_job(row: JobRow, states: dict[str, str]) -> WaitingJob:

@@ -109,7 +109,8 @@ class Reconciler:
         decision = decide(facts.job, facts.attempt, seen, now, self._settings, facts.policy, self._jitter())
         if not isinstance(decision, Wait):
             attempt = facts.attempt.id if facts.attempt is not None else None
-            log.info("Decided.", job=claim.job_id, attempt=attempt, state=facts.job.state, decision=repr(decision)[:300])
+            summary = repr(decision)[:300]
+            log.info("Decided.", job=claim.job_id, attempt=attempt, state=facts.job.state, decision=summary)
         return self._apply(claim, facts, seen, decision)
 
     # -- apply ----------------------------------------------------------------------

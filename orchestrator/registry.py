@@ -273,16 +273,17 @@ def sweep(db: Database, store: ObjectStore, job_id: str) -> list[str]:
         half_deleted = prefix in deleted_at and deleted_at[prefix] is not None
         # A manifest that was ignored (torn, of another job) is left for people to look at.
         orphaned = prefix not in deleted_at and int(match[2]) in ended and not _has_manifest(store, prefix)
-        if half_deleted or orphaned:
-            delete_checkpoint(store, prefix)
+        if (half_deleted or orphaned) and delete_checkpoint(store, prefix):
             removed.append(prefix)
     return removed
 
 
-def delete_checkpoint(store: ObjectStore, prefix: str) -> None:
-    """Delete a checkpoint's objects, its manifest first: without it there is no checkpoint."""
+def delete_checkpoint(store: ObjectStore, prefix: str) -> int:
+    """Delete a checkpoint's objects, its manifest first: without it there is no checkpoint. Returns how many."""
+    keys = [item.key for item in store.list(prefix)]
     store.delete([manifest_key(prefix)])
-    store.delete([item.key for item in store.list(prefix)])
+    store.delete(keys)
+    return len(keys)
 
 
 def _has_manifest(store: ObjectStore, prefix: str) -> bool:

@@ -137,6 +137,9 @@ def _held_back(job: WaitingJob, view: ClusterView, position: int) -> Wait | None
 
 def _too_large(job: WaitingJob, nodes: Sequence[NodeInfo], position: int) -> Wait | None:
     """Whether even the empty cluster has no room for the smallest allowed number of workers."""
+    if not job.world_sizes:
+        message = "No allowed number of workers divides the batch."
+        return Wait(job.job_id, QueueReason.PLACEMENT_IMPOSSIBLE, message, position)
     smallest = min(job.world_sizes)
     slots = _Free.of(nodes).num_slots(job.worker)
     if smallest <= slots:

@@ -81,7 +81,8 @@ class ObjectStore(Protocol):
         ...
 
     def folders(self, prefix: str) -> tuple[str, ...]:
-        """The distinct `<prefix><name>/` under which objects lie; `prefix` ends in /. Sorted."""
+        """The distinct `<prefix><name>/` under which objects lie; `prefix` ends in /. Sorted. One that was emptied a
+        moment ago may still be named."""
         ...
 
     def head(self, key: str) -> StoredObject:
