@@ -40,7 +40,8 @@ class RankFailed(Exception):
 def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False, timeout_s: float = 200.0
 ) -> list[Any]:
-    """`function(ranks, *arguments)` on `world_size` ranks of one group: their results, by rank.
+    """`function(ranks, *arguments)` on `world_size` ranks of one group: their results, by rank. Results are pickled,
+    and hold no tensors (torch would send file descriptors of a process that is gone).
 
     The first rank that raises ends the others. With `may_die`, a process that ends without a result is a `Died`, and
     the others are ended too (they would wait for it).

@@ -11,7 +11,8 @@ A checkpoint exists when its manifest does. One save, in order:
 
 1. Every rank copies what it owns into a buffer that was allocated once. The step waits for this only.
 2. A background thread computes checksums and uploads, trying again while the store is away. One save at a time is under
-   way: one that falls due meanwhile is taken at the first step boundary after.
+   way: one that falls due meanwhile waits for it a few seconds, so that a cadence is kept where it can be, and if that
+   is not enough training goes on and the save is taken at the first step boundary after.
 3. The control word tells every rank, at the same step, that all have uploaded. Rank 0 then writes the manifest.
 
 A process that dies before 3 leaves objects that nothing names; the previous checkpoint stands.
@@ -19,6 +20,7 @@ A process that dies before 3 leaves objects that nothing names; the previous che
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import threading
 import time
@@ -51,6 +53,8 @@ from workers.versions import versions
 UPLOAD_DEADLINE_S = 480.0
 """How long an upload is tried again while the store does not answer; training goes on meanwhile. At the end of an
 attempt all ranks wait, so it is shorter than what the driver takes for a hung save."""
+PATIENCE_S = 10.0
+"""How long a save that falls due waits for the one before it."""
 _WEIGHT = "weight"
 _T = TypeVar("_T")
 
@@ -112,6 +116,7 @@ class Checkpointer:
         reporter: Reporter,
         every_steps: int | None,
         upload_deadline_s: float = UPLOAD_DEADLINE_S,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -120,6 +125,7 @@ class Checkpointer:
         self._reporter = reporter
         self._every_steps = every_steps
         self._upload_deadline_s = upload_deadline_s
+        self._patience_s = patience_s
         self._buffers = _buffers(engine, ranks)
         self._shapes = shapes(engine)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
@@ -143,10 +149,13 @@ class Checkpointer:
         """This rank's next control word."""
         return Word(order, None if self._failure is None else self._failure[0], self._num_uploaded)
 
-    def maybe_save(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def maybe_save(self, progress: Progress, metrics: dict[str, float], control: ControlWord) -> None:
         """Begin a save if one is due and none is under way. `metrics` are those measured at this step."""
         if self._every_steps is not None and progress.step % self._every_steps == 0:
             self._due = True
+            if self._under_way is not None:
+                self._join(self._patience_s)
+                self.settle(control.agree(self.word()))
         if self._due and self._under_way is None:
             self._begin(progress, metrics)
 
@@ -181,9 +190,10 @@ class Checkpointer:
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _join(self) -> None:
+    def _join(self, timeout_s: float | None = None) -> None:
+        """Wait for this rank's background work, so long at most."""
         if self._background is not None:
-            self._background.result()
+            concurrent.futures.wait([self._background], timeout_s)
 
     def _begin(self, progress: Progress, metrics: dict[str, float]) -> None:
         started = time.monotonic()

@@ -12,6 +12,7 @@ and then one step: learning rate; for each micro-batch seed, forward, loss, back
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -88,7 +89,7 @@ def train(
         if is_last:
             return _leave(ExitReason.COMPLETED, measured, checkpointer, control, reporter, progress)
         if is_new:
-            checkpointer.maybe_save(progress, measured)
+            checkpointer.maybe_save(progress, measured, control)
 
         # One step.
         started, waited_before = time.perf_counter(), loader.wait_s
@@ -97,6 +98,7 @@ def train(
         )
         micro_batches = next(loader)
         loss = torch.zeros((), device=ranks.device)
+        samples_crc32 = 0
         for a, batch in enumerate(micro_batches):
             seed_micro_step(options.seed, progress.step, a * ranks.world_size + ranks.rank)
             images = normalise(batch.images.to(ranks.device, non_blocking=True), data.mean, data.std)
@@ -104,6 +106,7 @@ def train(
             micro_loss = classification_loss(engine.forward(images), labels, options.loss, options.label_smoothing)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / len(micro_batches)
+            samples_crc32 = zlib.crc32(batch.sample_ids.numpy().tobytes(), samples_crc32)
         update = engine.step(lr)
         progress = _advance(progress, update.applied)
         throughput.add(time.perf_counter() - started, loader.wait_s - waited_before)
@@ -127,6 +130,8 @@ def train(
                 reporter.metric("train/loss", progress.step, float(mean_loss))
                 reporter.metric("train/lr", progress.step, lr)
                 reporter.metric("train/grad_norm", progress.step, update.grad_norm)
+            # Which samples this rank trained on, as a number that two runs can be compared by.
+            reporter.metric(f"data/sample_ids_crc32/rank-{ranks.rank:05d}", progress.step, samples_crc32)
             throughput.report(progress.step)
 
 

@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vit
+from configs.spec import TrainingJob
 from configs.states import Desired
-from configs.wire import AttemptFile, Manifest
+from configs.wire import AttemptFile, Manifest, Preprocess
 from tests.fakes.dir_store import DirStore
 from tests.fakes.recording_reporter import RecordingReporter
+from tests.workers.attempts import make_attempt
 from workers.attempt import RankOutcome, run_rank
-from workers.checkpoint import read_manifest
+from workers.checkpoint import Checkpointer, CheckpointFacts, Progress, read_manifest
+from workers.data.loader import TrainLoader
+from workers.data.open import open_data
 from workers.distributed import Ranks
+from workers.engine import DeepSpeedEngine, Engine, build_engine
+from workers.loop import train
 from workers.shards import Wanted, read_into
+from workers.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,56 @@ def run_attempts(ranks: Ranks, runs: list[Run], root: str, make_store: Callable[
         outcome = run_rank(run.attempt, ranks, reporter, store, None)
         results.append(Result(outcome, reporter.metrics, reporter.events, reporter.checkpoints, list(reporter.phases)))
     return results
+
+
+def train_directly(
+    ranks: Ranks,
+    spec: TrainingJob,
+    number: int,
+    store: DirStore,
+    reporter: RecordingReporter,
+    wrap: Callable[[DeepSpeedEngine], Engine] = lambda engine: engine,
+    **checkpointing: Any,
+) -> tuple[RankOutcome, DeepSpeedEngine]:
+    """`train` on parts put together by hand: its outcome, and the engine as it was left. `wrap` may put something
+    before the engine; `checkpointing` goes to the Checkpointer."""
+    attempt = make_attempt(spec, ranks.world_size, number)
+    config, micro_batch_size = spec.model.vit(), spec.train.micro_batch_size
+    assert attempt.dataset is not None
+    assert isinstance(micro_batch_size, int)
+    assert spec.schedule.total_steps is not None
+    opened = open_data(spec.data, attempt.dataset, None, store.get, in_channels=config.in_channels)
+    assert opened.train is not None
+    engine = build_engine(vit.build(config, seed=spec.train.seed), spec, ranks, micro_batch_size)
+    facts = CheckpointFacts(
+        job_id=attempt.job_id,
+        attempt=number,
+        parent=None,
+        total_steps=spec.schedule.total_steps,
+        global_batch_size=spec.train.global_batch_size,
+        optimizer=spec.optim.name,
+        spec_hash=attempt.spec_hash,
+        training_fingerprint=attempt.training_fingerprint,
+        data_fingerprint=attempt.dataset.fingerprint,
+        model=config,
+        preprocess=Preprocess(image_size=config.image_size, in_channels=config.in_channels, mean=(0.5,), std=(0.5,)),
+    )
+    checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps, **checkpointing)
+    loader = TrainLoader(
+        opened.train,
+        spec.data,
+        config.image_size,
+        seed=spec.train.seed,
+        global_batch_size=spec.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    throughput = Throughput(reporter, ranks, spec.train.global_batch_size, None, None)
+    with loader:
+        outcome = train(spec, wrap(engine), loader, lambda _: {}, checkpointer, throughput, ranks, reporter, Progress())
+    checkpointer.close()
+    return outcome, engine
 
 
 def read_state(store: DirStore, prefix: str) -> tuple[Manifest, dict[tuple[str, str], Tensor]]:

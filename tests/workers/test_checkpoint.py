@@ -22,7 +22,7 @@ from tests.fakes.dir_store import DirStore
 from tests.fakes.recording_reporter import RecordingReporter
 from tests.ranks import Died, run_ranks
 from tests.workers.attempts import JOB, make_attempt, saved_at, tiny_spec
-from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, run_attempts
+from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, run_attempts, train_directly
 from workers.checkpoint import read_manifest, read_weights
 from workers.distributed import Ranks
 from workers.shards import CheckpointCorrupt
@@ -323,8 +323,9 @@ def test_a_manifest_of_another_process_fences_this_one(troubled: tuple[DirStore,
 
 
 # -- behind the step ---------------------------------------------------------------------------------------------------
-def is_slow(root: str, ranks: Ranks, reporter: RecordingReporter) -> DirStore:
-    """Rank 1's first upload lasts until training has reached step 5."""
+def train_with_slow_uploads(ranks: Ranks, root: str, patience_s: float) -> list[int]:
+    """Rank 1's upload of step 2 lasts until training has reached step 5: the steps of what was committed."""
+    reporter = RecordingReporter()
 
     def wait(key: str) -> None:
         until = time.monotonic() + 60.0
@@ -333,23 +334,29 @@ def is_slow(root: str, ranks: Ranks, reporter: RecordingReporter) -> DirStore:
                 raise AssertionError("training waits for the upload")
             time.sleep(0.001)
 
-    return WrappedStore(root, wait)
+    store = WrappedStore(root, wait)
+    outcome, _ = train_directly(ranks, slow_spec(), 1, store, reporter, patience_s=patience_s)
+    assert outcome.reason is ExitReason.COMPLETED
+    return [data["step"] for _, _, data in reporter.events]
+
+
+def slow_spec() -> Any:
+    return saving_spec(schedule={"total_steps": 9}, zero={"stage": 1})
 
 
 def test_training_goes_on_while_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
     """Step 4's falls due while step 2's is under way: it is taken late, not dropped, and nothing waits."""
-    spec = saving_spec(checkpoint={"every_steps": 2}, schedule={"total_steps": 9}, zero={"stage": 1})
-    results = run_ranks(2, run_attempts, [Run(make_attempt(spec, 2))], str(tmp_path), is_slow)
+    steps = run_ranks(2, train_with_slow_uploads, str(tmp_path), 0.01)[0]
     store = DirStore(tmp_path)
-    steps = committed_steps(store)
-    assert results[0][0].outcome.reason is ExitReason.COMPLETED
+    assert steps == committed_steps(store)
     assert steps[0] == 2
-    assert 5 <= steps[1] <= 7
+    assert 5 <= steps[1] <= 8
     assert steps[-1] == 9
 
     # What was staged at step 2 is of step 2, though the weights moved on while it was read.
     quick = tmp_path / "quick"
-    run_ranks(2, run_attempts, [Run(make_attempt(spec, 2))], str(quick))
+    run_ranks(2, run_attempts, [Run(make_attempt(slow_spec(), 2))], str(quick))
+    assert committed_steps(DirStore(quick)) == [2, 4, 6, 8, 9]
     for step in (2, 9):
         assert_same_bits(
             read_state(store, saved_at(step).prefix)[1], read_state(DirStore(quick), saved_at(step).prefix)[1]
