@@ -1,6 +1,6 @@
 """Ships a node's output to the object store, so that it outlives ranks, driver and node.
 
-One courier per node and attempt reads <log_dir>/<attempt id>/*.log and writes chunks of LogLine JSON lines under
+One courier per node and attempt reads the node's files (workers/logs.py) and writes chunks of LogLine JSON lines under
 `configs.layout.log_chunk_key`, numbered from 0 without gaps. How far it came lies beside each file
 (`<stream>.shipped`), so a courier that starts again goes on after the last chunk.
 
@@ -25,7 +25,7 @@ import structlog
 
 from configs.layout import log_chunk_key
 from configs.wire import LogLine
-from workers.logs import parse_line, tail
+from workers.logs import log_path, node_log_dir, parse_line, tail
 from workers.node import load_node_settings, open_store
 from workers.store import AlreadyExists, ObjectStore, StoreError
 
@@ -126,8 +126,8 @@ def _split_newlines(block: bytes) -> list[bytes]:
 class Courier:
     """Ships all files of an attempt on this node from a thread of its own."""
 
-    def __init__(self, attempt_id: str, log_dir: Path, store: ObjectStore) -> None:
-        self._dir = log_dir / attempt_id
+    def __init__(self, attempt_id: str, log_dir: Path, node_id: str, store: ObjectStore) -> None:
+        self._dir = node_log_dir(log_dir, attempt_id, node_id)
         self._attempt_id = attempt_id
         self._store = store
         self._shipments: dict[Path, LogShipment] = {}
@@ -155,7 +155,7 @@ class Courier:
 
     def last_lines(self, stream: str, num_lines: int) -> tuple[str, ...]:
         """The end of one stream on this node."""
-        return tail(self._dir / f"{stream}.log", num_lines)
+        return tail(log_path(self._dir, stream), num_lines)
 
     def dump_stacks(self, pids: Collection[int]) -> None:
         """Asks our ranks among these processes to write the stacks of all their threads into their files (SIGUSR1)."""
@@ -196,7 +196,7 @@ def remove_old_logs(log_dir: Path, keep_s: float) -> None:
     """Removes directories of attempts whose files nobody has written to for `keep_s` seconds."""
     for directory in log_dir.glob("att_*"):
         try:
-            newest = max((path.stat().st_mtime for path in directory.iterdir()), default=directory.stat().st_mtime)
+            newest = max((path.stat().st_mtime for path in directory.rglob("*")), default=directory.stat().st_mtime)
         except OSError:
             continue
         if time.time() - newest > keep_s:
@@ -206,9 +206,9 @@ def remove_old_logs(log_dir: Path, keep_s: float) -> None:
 class NodeCourier:
     """A courier as an actor on a node other than the driver's, with that node's own settings."""
 
-    def __init__(self, attempt_id: str) -> None:
+    def __init__(self, attempt_id: str, node_id: str) -> None:
         settings = load_node_settings()
-        self._courier = Courier(attempt_id, settings.log_dir, open_store(settings))
+        self._courier = Courier(attempt_id, settings.log_dir, node_id, open_store(settings))
 
     def flush(self, timeout_s: float) -> bool:
         return self._courier.flush(timeout_s)
@@ -239,7 +239,7 @@ class Couriers:
 
             placed = NodeAffinitySchedulingStrategy(node_id, soft=False)
             actor_class = ray.remote(num_cpus=0, scheduling_strategy=placed)(NodeCourier)
-            self._actors[node_id] = actor_class.remote(self._attempt_id)
+            self._actors[node_id] = actor_class.remote(self._attempt_id, node_id)
 
     def flush(self, timeout_s: float) -> None:
         """Ships everything written so far, on all nodes that answer in time."""

@@ -157,9 +157,12 @@ def _left(evidence: Evidence, failed: list[RankEnd], vanished: list[Vanished]) -
         inner = _from_vanished(vanished[0], evidence.world_size)
     elif failed:
         inner = _from_end(failed[0])
+    elif evidence.forced:
+        return Verdict(reason, "The ranks did not leave in time and were ended.")
+    elif not evidence.ends:
+        return Verdict(reason, "Told to leave before the ranks had started.")
     else:
-        text = "The ranks did not leave in time and were ended." if evidence.forced else "All ranks left when told to."
-        return Verdict(reason, text)
+        return Verdict(reason, "All ranks left when told to.")
     return Verdict(reason, f"While leaving: {inner.message}", inner.first_failure)
 
 

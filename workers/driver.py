@@ -56,7 +56,7 @@ TICK_S = 0.25
 LEAVE_GRACE_S = 5.0
 """From the first rank's failure until the others are ended: they wait for it in a collective, or fail as well."""
 LAST_LINES = 40
-CLAIM_S = 20.0
+CLAIM_S = 10.0
 FINAL_REPORT_S = 20.0
 FLUSH_S = 10.0
 EXIT_WRITE_S = 60.0
@@ -198,6 +198,8 @@ def watch_progress(run: Run, group_end: GroupEnd | None) -> Evidence | None:
         return _evidence(run)
     if group_end is not None:
         return _evidence(run, group_end=group_end)
+    if run.ordered_at is not None and not run.drained.infos:
+        return _evidence(run)
     if run.ordered_at is not None and now - run.ordered_at > _grace_s(run):
         return _evidence(run, forced=True)
     if run.failed_at is not None and now - run.failed_at > LEAVE_GRACE_S:
@@ -387,16 +389,14 @@ def main(run_rank: Callable[..., Any] | None = None) -> int:
         attempt_id = own_attempt_id(os.environ)
         settings = load_node_settings()
         store = open_store(settings)
-        with logs.open_stream(logs.log_path(settings.log_dir, attempt_id, "driver")) as file:
-            logs.configure(sys.stderr, file)
-            try:
-                return _drive_attempt(attempt_id, settings, store, scratch, terminated, run_rank)
-            except Exception as error:
-                log.error("The driver failed.", exc_info=True)
-                message = f"The driver failed: {type(error).__name__}: {error}"[:2000]
-                reason = ExitReason.STORAGE_ERROR if isinstance(error, StoreError) else ExitReason.PLATFORM_ERROR
-                exit_file = ExitFile(attempt_id=attempt_id, reason=reason, message=message, ended_at=datetime.now(UTC))
-                return 0 if put_exit(store, exit_file, EXIT_WRITE_S) else 1
+        try:
+            return _drive_attempt(attempt_id, settings, store, scratch, terminated, run_rank)
+        except Exception as error:
+            log.error("The driver failed.", exc_info=True)
+            message = f"The driver failed: {type(error).__name__}: {error}"[:2000]
+            reason = ExitReason.STORAGE_ERROR if isinstance(error, StoreError) else ExitReason.PLATFORM_ERROR
+            exit_file = ExitFile(attempt_id=attempt_id, reason=reason, message=message, ended_at=datetime.now(UTC))
+            return 0 if put_exit(store, exit_file, EXIT_WRITE_S) else 1
     except (DriverError, ValueError, OSError) as error:
         log.error("The driver cannot begin.", error=str(error))
         return 1
@@ -412,18 +412,22 @@ def _drive_attempt(
     terminated: threading.Event,
     run_rank: Callable[..., Any] | None,
 ) -> int:
-    attempt = read_attempt(store, attempt_id)
     keep_environment_to_driver(os.environ)
     ray.init(log_to_driver=False, logging_level="warning")
     # ray.init brings a handler of its own.
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     context = ray.get_runtime_context()
+    node_id = context.get_node_id()
+    node_dir = logs.node_log_dir(settings.log_dir, attempt_id, node_id)
+    # Never closed: threads write to it until this process ends.
+    logs.configure(sys.stderr, logs.open_stream(logs.log_path(node_dir, "driver")))
+    attempt = read_attempt(store, attempt_id)
     forwarder = claim_attempt(attempt, settings, context.get_session_name(), scratch / "spool")
     if forwarder.is_fenced:
         log.error("Another driver has this attempt, or it has ended: this one leaves.")
         return 0
     forwarder.start()
-    couriers = Couriers(attempt_id, Courier(attempt_id, settings.log_dir, store), context.get_node_id())
+    couriers = Couriers(attempt_id, Courier(attempt_id, settings.log_dir, node_id, store), node_id)
     hub, group = start_workers(attempt, settings, scratch / "train", run_rank)
     run = Run(attempt, settings, store, hub, group, forwarder, couriers, is_node_alive, terminated=terminated)
     return 0 if drive(run) is not None else 1

@@ -1,4 +1,4 @@
-"""What processes of an attempt write on their node, one file each: <log_dir>/<attempt id>/<stream>.log.
+"""What processes of an attempt write on their node, one file each: <log_dir>/<attempt id>/<node>/<stream>.log.
 
 Our own lines are JSON ({"t", "level", "msg"}); anything else that lands in the file (libraries, tracebacks, a crash
 dump) is wrapped line by line when it is shipped. Text is cleaned of control characters: logs are shown to people.
@@ -39,8 +39,13 @@ _RESERVED = ("t", "level", "msg", "event")
 _SECRET = re.compile(r"(?i)(secret|password|token|access_key|authorization)")
 
 
-def log_path(log_dir: Path, attempt_id: str, stream: str) -> Path:
-    return log_dir / attempt_id / f"{stream}.log"
+def node_log_dir(log_dir: Path, attempt_id: str, node_id: str) -> Path:
+    """Where an attempt's processes on one node write: apart, because nodes may share a machine or a file system."""
+    return log_dir / attempt_id / node_id[:16]
+
+
+def log_path(node_dir: Path, stream: str) -> Path:
+    return node_dir / f"{stream}.log"
 
 
 def open_log(path: Path) -> int:

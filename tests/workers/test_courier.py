@@ -14,11 +14,12 @@ from configs.layout import log_chunk_key, logs_prefix
 from configs.wire import LogLine
 from tests.fakes.dir_store import DirStore
 from workers.courier import CHUNK_AGE_S, CHUNK_BYTES, Courier, LogShipment, remove_old_logs
-from workers.logs import MAX_LINE_BYTES
+from workers.logs import MAX_LINE_BYTES, log_path, node_log_dir
 from workers.store import Data, StorageError
 
 ATTEMPT = "att_01JZZZZZZZZZZZZZZZZZZZZZZZ_0001"
 STREAM = "rank-00000"
+NODE = "5f" * 28
 
 
 class FlakyStore(DirStore):
@@ -46,7 +47,7 @@ def store(tmp_path: Path) -> FlakyStore:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    path = tmp_path / "logs" / ATTEMPT / f"{STREAM}.log"
+    path = log_path(node_log_dir(tmp_path / "logs", ATTEMPT, NODE), STREAM)
     path.parent.mkdir(parents=True)
     path.touch()
     return path
@@ -158,7 +159,7 @@ def test_courier_ships_every_stream_and_outlives_a_store_that_is_away(path: Path
     store.failures = 1
     append(path, "rank\n")
     (path.parent / "driver.log").write_text("driver\n")
-    courier = Courier(ATTEMPT, path.parents[1], store)
+    courier = Courier(ATTEMPT, path.parents[2], NODE, store)
     try:
         assert courier.flush(20.0)
         assert (chunks(store), chunks(store, "driver")) == ([["rank"]], [["driver"]])
@@ -172,7 +173,7 @@ def test_courier_ships_every_stream_and_outlives_a_store_that_is_away(path: Path
 def test_flush_gives_up_in_time(path: Path, store: FlakyStore) -> None:
     store.failures = 1_000_000
     append(path, "one\n")
-    courier = Courier(ATTEMPT, path.parents[1], store)
+    courier = Courier(ATTEMPT, path.parents[2], NODE, store)
     started = time.monotonic()
     assert not courier.flush(0.5)
     assert time.monotonic() - started < 5.0
@@ -180,13 +181,13 @@ def test_flush_gives_up_in_time(path: Path, store: FlakyStore) -> None:
 
 
 def test_old_logs_are_removed(path: Path) -> None:
-    kept = path.parents[1] / "att_01JYYYYYYYYYYYYYYYYYYYYYYY_0001"
-    kept.mkdir()
-    (kept / "driver.log").touch()
-    os.utime(path, (time.time() - 100, time.time() - 100))
-    os.utime(path.parent, (time.time() - 100, time.time() - 100))
-    remove_old_logs(path.parents[1], keep_s=50.0)
-    assert not path.parent.exists()
+    kept = log_path(node_log_dir(path.parents[2], "att_01JYYYYYYYYYYYYYYYYYYYYYYY_0001", NODE), "driver")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    for old in (path, path.parent):
+        os.utime(old, (time.time() - 100, time.time() - 100))
+    remove_old_logs(path.parents[2], keep_s=50.0)
+    assert not path.parents[1].exists()
     assert kept.exists()
 
 

@@ -23,6 +23,7 @@ from workers.diagnosis import RankEnd
 from workers.driver import DriverError, Run, drive, keep_environment_to_driver, own_attempt_id, put_exit, read_attempt
 from workers.forwarder import Forwarder
 from workers.hub import Push, RankInfo, ReportHub
+from workers.logs import log_path, node_log_dir
 from workers.node import NodeSettings
 from workers.store import Data, StorageError
 from workers.worker_group import GroupEnd, ProcessFailure
@@ -67,7 +68,7 @@ class Bench:
         self.clock = Clock()
         self.hub = ReportHub(self.clock)
         self.log_dir = directory / "logs"
-        self.courier = Courier(ATTEMPT, self.log_dir, self.store)
+        self.courier = Courier(ATTEMPT, self.log_dir, "own", self.store)
         control_plane = ControlPlane(server.url, SECRET, ATTEMPT)
         claim = ClaimRequest(nonce="nonce-0001", node="n", pid=1)
         self.forwarder = Forwarder(control_plane, claim, directory / "spool", 10, interval_s=0.02)
@@ -181,9 +182,9 @@ def test_completed(bench: Bench) -> None:
 
 
 def test_vanished_rank_is_named_with_its_last_lines(bench: Bench) -> None:
-    folder = bench.log_dir / ATTEMPT
-    folder.mkdir(parents=True)
-    (folder / "rank-00001.log").write_text("first\nlast words\n")
+    path = log_path(node_log_dir(bench.log_dir, ATTEMPT, "own"), "rank-00001")
+    path.parent.mkdir(parents=True)
+    path.write_text("first\nlast words\n")
     written = bench.drive(
         bench.beat(5, 4),
         bench.end(0, ExitReason.WORKER_LOST, message="Connection reset by peer", step=5),
@@ -255,6 +256,15 @@ def test_an_order_stays_and_ranks_that_do_not_leave_are_ended(bench: Bench) -> N
     assert (written.reason, written.message) == (
         ExitReason.USER_CANCELLED,
         "The ranks did not leave in time and were ended.",
+    )
+
+
+def test_an_order_before_the_ranks_have_started_ends_at_once(bench: Bench) -> None:
+    bench.hub = ReportHub(bench.clock)
+    written = bench.drive(bench.order(Desired.STOP), bench.nothing)
+    assert (written.reason, written.message) == (
+        ExitReason.USER_CANCELLED,
+        "Told to leave before the ranks had started.",
     )
 
 
