@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -19,6 +21,9 @@ GRACE_S = 5
 def main() -> None:
     """Bring the schema up to date and serve until SIGINT or SIGTERM."""
     configure_logs()
+    # uvicorn handles these while it serves and raises them again when it is done: an orderly end, not a death.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     settings = load_settings()
     db = Database(settings.database_url)
     db.upgrade()
@@ -26,6 +31,10 @@ def main() -> None:
         uvicorn.Server(server_config(settings, db)).run()
     finally:
         db.close()
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 def server_config(settings: Settings, db: Database) -> uvicorn.Config:

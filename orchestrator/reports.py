@@ -137,24 +137,25 @@ def _note_progress(job: JobRow, attempt: AttemptRow, batch: ReportBatch, now: da
     attempt.last_report_at = now
     if batch.total_steps is not None and job.total_steps is None:
         job.total_steps = batch.total_steps
+    # Made anew: the ORM sees a change of a column, not one inside it.
+    attempt.ranks = {**attempt.ranks}
     for heartbeat in sorted(batch.heartbeats, key=lambda h: (h.at, h.rank)):
         _note_heartbeat(attempt, heartbeat, now)
+    nodes = dict.fromkeys([*attempt.nodes, *(heartbeat.node for heartbeat in batch.heartbeats)])
+    attempt.nodes = list(nodes)
     job.step = max(attempt.from_step, attempt.to_step)
 
 
 def _note_heartbeat(attempt: AttemptRow, heartbeat: Heartbeat, now: datetime) -> None:
     rank = str(heartbeat.rank)
     before: Mapping[str, Any] = attempt.ranks.get(rank, {})
-    # A spool is delivered late and a node's clock may run ahead: neither may put progress into the future.
-    at = min(heartbeat.at, now)
     if (before.get("step"), before.get("phase")) != (heartbeat.step, heartbeat.phase):
-        attempt.last_progress_at = max(at, attempt.last_progress_at or at)
-    # A new dict: the ORM sees a change of the column, not one inside it.
-    attempt.ranks = {**attempt.ranks, rank: heartbeat.model_dump(mode="json")}
+        # By our clock: it is compared with last_report_at, and a node's clock may be minutes away.
+        attempt.last_progress_at = now
+    attempt.ranks[rank] = heartbeat.model_dump(mode="json")
     attempt.to_step = max(attempt.to_step, heartbeat.step)
     if heartbeat.rank == 0:
         attempt.phase = heartbeat.phase
     if attempt.first_step_at is None and heartbeat.step > attempt.from_step:
-        attempt.first_step_at = at
-    if heartbeat.node not in attempt.nodes:
-        attempt.nodes = [*attempt.nodes, heartbeat.node]
+        # By the node's clock, since a spool is delivered late; but within what is possible.
+        attempt.first_step_at = max(attempt.created_at, min(heartbeat.at, now))
