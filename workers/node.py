@@ -35,7 +35,7 @@ class NodeSettings(BaseSettings):
     worker_secret: SecretStr = Field(SecretStr(""), description="Proves to the control plane that a driver is ours.")
     data_root: Path | None = Field(None, description="Where data sets lie on this node.")
     log_dir: Path = Field(
-        default_factory=lambda: Path(tempfile.gettempdir()) / "patchwork-logs",
+        default_factory=lambda: Path(tempfile.gettempdir()) / f"patchwork-logs-{os.getuid()}",
         description="Output of ranks and drivers.",
     )
     start_timeout_s: Seconds = Field(120.0, description="From the driver's start to the first sign of every rank.")

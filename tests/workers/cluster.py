@@ -18,6 +18,8 @@ from configs.ids import attempt_id, new_job_id
 from configs.layout import attempt_key, exit_key, logs_prefix
 from configs.wire import AttemptFile, ExitFile, LogLine
 from orchestrator.embedded.object_store import ObjectStoreServer
+from orchestrator.embedded.ports import free_ports
+from orchestrator.embedded.processes import ChildProcess
 from orchestrator.embedded.ray_head import RayHead
 from tests.fakes.control_plane import SECRET, FakeControlPlane
 from workers.store import NotFound, S3Store
@@ -92,6 +94,22 @@ class Cluster:
         self.ray.stop(grace_s=2.0)
         self.store_server.stop()
         self.control_plane.go_away()
+
+    def add_node(self, num_cpus: int) -> ChildProcess:
+        """A second Ray node on this machine, once it is alive. Stopped with `stop(0)`."""
+        flags = ("object-manager-port", "node-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+        flags += ("runtime-env-agent-port", "metrics-export-port")
+        ports = [f"--{flag}={port}" for flag, port in zip(flags, free_ports(len(flags)), strict=True)]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.ray.gcs_address}", "--block"]
+        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", "--object-store-memory=100000000", *ports]
+        before = len(self.alive_nodes())
+        node = ChildProcess("second-node", command, self.directory / "node-2.log", self.ray.environment())
+        wait_for(lambda: len(self.alive_nodes()) > before or node.check_alive(), 60.0, "second node")
+        return node
+
+    def alive_nodes(self) -> list[str]:
+        rows = self.request("GET", "/api/v0/nodes").json()["data"]["result"]["result"]
+        return [row["node_id"] for row in rows if row["state"] == "ALIVE"]
 
     # -- what a controller does ----------------------------------------------------------------------------------------
     def write_attempt(self, spec: dict[str, Any], world_size: int, **fields: Any) -> AttemptFile:

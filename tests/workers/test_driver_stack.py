@@ -24,9 +24,9 @@ START_S = 150.0
 DRIVER = "python -m workers.driver"
 
 
-def standin(cluster: Cluster, **plan: Any) -> tuple[AttemptFile, FakeAttempt]:
+def standin(cluster: Cluster, cpus_per_worker: int = 1, **plan: Any) -> tuple[AttemptFile, FakeAttempt]:
     """A submitted attempt of the stand-in: `steps` of `step_s` seconds on two ranks."""
-    resources = {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": 1}
+    resources = {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": cpus_per_worker}
     attempt = cluster.write_attempt(
         {"standin": plan, "resources": resources, "schedule": {"total_steps": plan["steps"]}}, 2
     )
@@ -155,6 +155,25 @@ def test_a_killed_driver_takes_its_ranks_along(cluster: Cluster) -> None:
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()), 15.0, "end of the ranks")
     wait_for(lambda: not cluster.live(attempt.attempt_id), 20.0, "end of everything")
     assert cluster.exit_file(attempt) is None
+
+
+def test_a_lost_node_is_named_and_its_output_is_kept(cluster: Cluster) -> None:
+    """Two ranks of three cores on two nodes of four: the second node's courier ships, then the node is gone."""
+    node = cluster.add_node(num_cpus=4)
+    try:
+        attempt, seen = standin(cluster, cpus_per_worker=3, steps=100_000, step_s=0.05)
+        pids = stepping(seen)
+        below = {process.pid for process in psutil.Process(node.pid).children(recursive=True)}
+        [lost] = [rank for rank, pid in pids.items() if pid in below]
+        wait_for(lambda: cluster.lines(attempt, f"rank-{lost:05d}"), 30.0, "the courier of the second node")
+    finally:
+        node.stop(0)
+    written = cluster.wait_exit(attempt, 60.0)
+    assert written.reason is ExitReason.NODE_LOST, written
+    assert written.first_failure is not None
+    assert written.first_failure.rank == lost
+    texts = [line.msg for line in cluster.lines(attempt, f"rank-{lost:05d}")]
+    assert f"torch threads 3 of rank {lost}" in texts
 
 
 def test_the_reaper_removes_what_outlives_its_driver(cluster: Cluster) -> None:
