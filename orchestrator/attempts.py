@@ -46,6 +46,7 @@ from orchestrator.store import AlreadyExists, NotFound, ObjectStore
 from orchestrator.tables import AttemptRow, CheckpointRow, JobRow, MetricRow
 from orchestrator.transitions import transition
 
+TRAIN_LOSS = "train/loss"
 STEP_TIME = "perf/step_time_s/"
 _NUMBER_TRIES = 100
 
@@ -272,16 +273,28 @@ def account_waste(session: Session, job: JobRow, attempt: AttemptRow, kept_step:
     """Add to the job what `attempt` did beyond `kept_step`, the step that its successor continues from (or, when none
     follows, that of the newest checkpoint). Called once for each attempt.
 
-    wasted_steps = to_step - kept_step: the steps that are done again.
+    wasted_steps = to_step - kept_step: the steps that are done again. to_step is the last one that anybody reported, by
+    heartbeat, in the exit file or by a metric.
     wasted_gpu_s = wasted_steps x seconds per step x world_size. Seconds per step are the mean of the attempt's
     `perf/step_time_s` points beyond `kept_step`; where it reported none, the time from its first reported step to its
     last progress, divided by the steps in between.
     """
+    attempt.to_step = max(attempt.to_step, _last_step_measured(session, attempt))
     lost = max(0, attempt.to_step - kept_step)
     attempt.wasted_steps = lost
     job.wasted_steps += lost
     if lost:
         job.wasted_gpu_s += lost * _seconds_per_step(session, attempt, kept_step) * attempt.world_size
+
+
+def _last_step_measured(session: Session, attempt: AttemptRow) -> int:
+    """A point of training is recorded after its step; it may have arrived when the last heartbeat did not."""
+    points = select(func.max(MetricRow.step)).where(
+        MetricRow.job_id == attempt.job_id,
+        MetricRow.attempt == attempt.number,
+        MetricRow.name == TRAIN_LOSS,
+    )
+    return session.scalar(points) or 0
 
 
 def _seconds_per_step(session: Session, attempt: AttemptRow, after_step: int) -> float:

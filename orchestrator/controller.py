@@ -37,7 +37,8 @@ NUM_RECONCILERS = 4
 IDLE_S = 0.2
 CLUSTER_EVERY_S = 2.0
 SCHEDULE_EVERY_S = 0.3
-LEAD_EVERY_S = 1.0
+LEAD_EVERY_S = 2.0
+AFTER_ERROR_S = 1.0
 JOIN_S = 30.0
 
 
@@ -140,7 +141,7 @@ class Controller:
                 log.warning("The database is busy or away.", loop=what, detail=str(error))
             else:
                 log.exception("A loop's step failed.", loop=what)
-            self._stop.wait(LEAD_EVERY_S)
+            self._stop.wait(AFTER_ERROR_S)
             return None
 
 

@@ -106,9 +106,14 @@ def is_unavailable(error: BaseException) -> bool:
 _UNAVAILABLE = (
     "database is locked",
     "database table is locked",
+    "disk is full",
     "connection failed",
     "could not connect",
     "deadlock detected",
+    "lock timeout",
+    "the database system is",
+    "too many clients",
+    "remaining connection slots",
 )
 
 

@@ -57,13 +57,14 @@ def claim_due(db: Database, owner: str, now: datetime, lease_s: float) -> Claim 
         .execution_options(synchronize_session=False)
     )
     for _ in range(_CLAIM_TRIES):
+        # Read first: on SQLite an UPDATE that finds nothing would still take the write lock from the API.
+        with db.reader() as session:
+            if session.scalar(select(JobRow.id).where(_is_due(now)).limit(1)) is None:
+                return None
         with db.session() as session:
             job_id = session.scalar(statement)
         if job_id is not None:
             return Claim(job_id, token, owner, expires_at)
-        with db.reader() as session:
-            if session.scalar(select(JobRow.id).where(_is_due(now)).limit(1)) is None:
-                return None
     return None
 
 

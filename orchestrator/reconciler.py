@@ -54,6 +54,9 @@ from orchestrator.transitions import transition
 
 log = structlog.get_logger(__name__)
 AFTER_ERROR_S = 5.0
+MAX_LOOK_S = 5.0
+"""A user's order that arrives during a look is seen after so long at the latest: giving the job back overwrites its
+wake-up call."""
 _CONDITIONS = (QueueReason.CLUSTER_UNREACHABLE, QueueReason.WAITING_FOR_WORKERS)
 
 
@@ -220,10 +223,11 @@ class Reconciler:
         with self._db.session() as session:
             job = guarded(session, claim)
             end_attempt(session, job, _last(session, job), end, self._clock())
-            next_look_at = job.not_before if job.state == JobState.RECOVERING else None
+            recovers = job.state == JobState.RECOVERING
+            delay_s = (job.not_before - self._clock()).total_seconds() if job.not_before is not None else 0.0
         self._observer.forget(claim.job_id)
         self._tidy(claim)
-        return next_look_at
+        return self._later(delay_s) if recovers else None
 
     def _tidy(self, claim: Claim) -> None:
         """Retention and sweep. What fails here is done after the next attempt; the job has already moved on."""
@@ -263,7 +267,7 @@ class Reconciler:
         return self._later(self._settings.poll_s)
 
     def _later(self, seconds: float) -> datetime:
-        return self._clock() + timedelta(seconds=seconds)
+        return self._clock() + timedelta(seconds=min(seconds, MAX_LOOK_S))
 
 
 def _last(session: Session, job: JobRow) -> AttemptRow:

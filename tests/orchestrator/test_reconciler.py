@@ -219,6 +219,32 @@ def test_waste_is_timed_by_the_step_times_that_were_reported(world: World) -> No
     assert job.wasted_gpu_s == pytest.approx(20 * 0.6 * 2)
 
 
+def test_a_step_that_only_its_loss_tells_of_is_counted(world: World) -> None:
+    job_id = world.start()
+    put_checkpoint(world.store, world.job(job_id), 1, 20)
+    world.report(job_id, step=25)
+    with world.db.session() as session:
+        session.add(MetricRow(job_id=job_id, name="train/loss", step=28, attempt=1, value=1.0, at=world.clock()))
+    world.end(job_id)
+    world.look(5)
+    first, second = world.attempts(job_id)
+    assert (first.to_step, second.from_step, world.job(job_id).wasted_steps) == (28, 20, 8)
+
+
+def test_an_order_during_a_long_back_off_is_obeyed_soon(world: World) -> None:
+    job_id = world.start()
+    with world.db.session() as session:
+        session.get_one(JobRow, job_id).infra_failures = 2
+    world.settings = world.settings.model_copy(update={"backoff_initial_s": 300.0, "backoff_max_s": 300.0})
+    world.restart()
+    world.end(job_id)
+    world.look()
+    with world.db.session() as session:  # as a cancellation whose wake-up was overwritten
+        session.get_one(JobRow, job_id).desired = Desired.STOP
+    world.look(6)
+    assert world.job(job_id).state == JobState.CANCELLED
+
+
 def test_a_job_that_fails_for_good_counts_what_came_after_its_last_checkpoint(world: World) -> None:
     job_id = world.start()
     put_checkpoint(world.store, world.job(job_id), 1, 20)
