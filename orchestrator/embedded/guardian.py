@@ -33,7 +33,10 @@ def main() -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while child.poll() is None and not select.select([owner], [], [], 0.1)[0]:
+    died = _wake_on_death()
+    while child.poll() is None and owner not in select.select([owner, died], [], [], 5.0)[0]:
+        with contextlib.suppress(BlockingIOError):
+            os.read(died, 4096)
         _reap_orphans(child.pid)
     _kill_all(child)
     for path in remove:
@@ -42,6 +45,16 @@ def main() -> int:
             os.unlink(path)
     code = child.returncode
     return code if code >= 0 else 128 - code
+
+
+def _wake_on_death() -> int:
+    """A file descriptor that becomes readable when a child of ours dies, orphans we adopted included."""
+    read, write = os.pipe()
+    for end in (read, write):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # a signal without a handler wakes nobody
+    return read
 
 
 def _prctl(option: int, value: int) -> None:
@@ -88,10 +101,11 @@ def _descendants() -> list[int]:
 
 def _reap_orphans(child_pid: int) -> None:
     """Collect dead orphans; the command itself belongs to its Popen."""
-    for pid in _descendants():
-        if pid != child_pid:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
+    with contextlib.suppress(ChildProcessError):
+        while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if dead.si_pid == child_pid:
+                return
+            os.waitpid(dead.si_pid, 0)
 
 
 if __name__ == "__main__":
