@@ -22,7 +22,9 @@ from orchestrator.db import Database
 from orchestrator.events import lock_job, record
 from orchestrator.problems import Invalid, NotFound, PreconditionFailed, WrongState, field_error
 from orchestrator.public import etag, job_public
-from orchestrator.schemas import JobPage, JobPublic
+from orchestrator.queue_view import load_view
+from orchestrator.scheduling import Start, Wait, schedule
+from orchestrator.schemas import JobPage, JobPublic, QueuePublic
 from orchestrator.tables import AttemptRow, JobRow
 from orchestrator.transitions import allowed_actions
 
@@ -117,13 +119,13 @@ def check_action(row: JobRow, action: str) -> None:
 
 
 def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
-    """Public models of `rows`, with their attempts and places in the queue: two queries, however many rows."""
+    """Public models of `rows`, with their attempts and places in the queue."""
     ids = [row.id for row in rows]
     attempts: dict[str, list[AttemptRow]] = {job_id: [] for job_id in ids}
     for attempt in session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(ids)).order_by(AttemptRow.number)):
         attempts[attempt.job_id].append(attempt)
-    positions = _positions(session) if any(row.state == JobState.QUEUED for row in rows) else {}
-    return [job_public(row, attempts[row.id], positions.get(row.id)) for row in rows]
+    queue = _queue(session) if any(row.state == JobState.QUEUED for row in rows) else {}
+    return [job_public(row, attempts[row.id], queue.get(row.id)) for row in rows]
 
 
 _EVENTS = {
@@ -154,11 +156,16 @@ def _desire(db: Database, actor: Actor, job_id: str, desired: Desired, action: s
         return publish(session, [row])[0]
 
 
-def _positions(session: Session) -> dict[str, int]:
-    """Place in the queue (from 1) of every waiting job: priority, then age."""
-    query = select(JobRow.id).where(JobRow.state == JobState.QUEUED)
-    ids = session.scalars(query.order_by(JobRow.priority.desc(), JobRow.created_at, JobRow.id))
-    return {job_id: position for position, job_id in enumerate(ids, start=1)}
+def _queue(session: Session) -> dict[str, QueuePublic]:
+    """The place of every waiting job: what the scheduler would decide on what it can see now. Jobs that it has let go,
+    and those that are wanted paused or stopped, do not wait for their turn."""
+    return {decision.job_id: _place(decision) for decision in schedule(load_view(session, datetime.now(UTC)))}
+
+
+def _place(decision: Start | Wait) -> QueuePublic:
+    if isinstance(decision, Wait):
+        return QueuePublic(position=decision.position, reason=decision.reason, message=decision.message)
+    return QueuePublic(position=1, reason=None, message="There is room: it starts with the scheduler's next look.")
 
 
 def _filtered(wanted: JobFilter) -> Select[Any]:

@@ -24,12 +24,11 @@ from orchestrator.schemas import (
 from orchestrator.tables import AttemptRow, CheckpointRow, EventRow, JobRow
 from orchestrator.transitions import allowed_actions
 
-_WAITING = (JobState.QUEUED,)
 _ADVICE = {reason.value: row.advice for reason, row in EXIT_REASONS.items()}
 
 
-def job_public(row: JobRow, attempts: Sequence[AttemptRow], position: int | None) -> JobPublic:
-    """A job with its attempts (by number). `position` is its place in the queue, None unless it waits."""
+def job_public(row: JobRow, attempts: Sequence[AttemptRow], queue: QueuePublic | None) -> JobPublic:
+    """A job with its attempts (by number) and, if it waits, its place in the queue."""
     spec = json.loads(row.spec_json)
     return JobPublic(
         id=row.id,
@@ -46,7 +45,7 @@ def job_public(row: JobRow, attempts: Sequence[AttemptRow], position: int | None
         state_since=row.state_since,
         allowed_actions=tuple(allowed_actions(row)),
         progress=_progress(row, attempts),
-        queue=_queue(row, position),
+        queue=queue,
         spec=spec,
         spec_hash=row.spec_hash,
         training_fingerprint=row.training_fingerprint,
@@ -142,12 +141,6 @@ def _advice(reason: str | None) -> str | None:
 
 def _ranks(ranks: Mapping[str, Any]) -> tuple[RankPublic, ...]:
     return tuple(RankPublic.model_validate(ranks[key]) for key in sorted(ranks, key=int))
-
-
-def _queue(row: JobRow, position: int | None) -> QueuePublic | None:
-    if position is None or row.state not in _WAITING:
-        return None
-    return QueuePublic(position=position, reason=row.reason, message=row.message)
 
 
 def _progress(row: JobRow, attempts: Sequence[AttemptRow]) -> Progress:

@@ -31,11 +31,17 @@ def test_presets_are_listed_and_found(api: TestClient) -> None:
 @pytest.mark.parametrize("info", list_presets(), ids=lambda info: info.name)
 def test_every_preset_can_be_planned(api: TestClient, info: Any) -> None:
     response = api.post("/v1/plans", json={"spec": {"preset": info.name}})
-    if info.kind == "finetune" and "variant" not in info.spec["model"]:
-        assert [error["pointer"] for error in response.json()["errors"]] == ["/init_from"], "it decides the sizes"
-        return
     assert response.status_code == 200, response.text
     assert response.json()["parameters"] > 10_000
+
+
+def test_a_fine_tune_whose_checkpoint_decides_its_sizes_cannot_be_planned_without_it(api: TestClient) -> None:
+    spec = spec_with(kind="finetune")
+    assert api.post("/v1/plans", json={"spec": spec}).status_code == 200
+    spec["model"] = {"image_size": 28}
+    response = api.post("/v1/plans", json={"spec": spec})
+    assert response.status_code == 422
+    assert [error["pointer"] for error in response.json()["errors"]] == ["/init_from"]
 
 
 def test_a_plan_for_other_hardware(api: TestClient) -> None:

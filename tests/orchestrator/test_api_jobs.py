@@ -146,11 +146,15 @@ def test_a_wrong_query_is_named(api: TestClient, query: dict[str, Any], pointer:
     assert [error["pointer"] for error in response.json()["errors"]] == [pointer]
 
 
-def test_positions_follow_priority_then_age(api: TestClient) -> None:
+def test_positions_follow_priority_then_age(api: TestClient, db: Database) -> None:
     first, second = submit(api)["id"], submit(api)["id"]
     urgent = submit(api, queue__priority=90)["id"]
     positions = {item["id"]: item["queue"]["position"] for item in api.get("/v1/jobs").json()["items"]}
     assert positions == {urgent: 1, first: 2, second: 3}
+    assert api.get(f"/v1/jobs/{first}").json()["queue"]["reason"] == "CLUSTER_UNREACHABLE"
+    api.post(f"/v1/jobs/{urgent}/cancel")
+    assert api.get(f"/v1/jobs/{urgent}").json()["queue"] is None
+    assert api.get(f"/v1/jobs/{first}").json()["queue"]["position"] == 1
 
 
 @pytest.mark.parametrize("job_id", ["job_01JD3Q8Z6M0000000000000000", "nonsense", "job_%00", "..%2f..%2fetc"])
