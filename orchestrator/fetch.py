@@ -180,7 +180,8 @@ class _Download:
                 if _is_right(data, block):
                     return data
                 problem = f"has {len(data)} bytes that do not match its checksum, {block.num_bytes} were expected"
-            self._stop.wait(0.2 * 3**trial)
+            if trial < _NUM_TRIES - 1:
+                self._stop.wait(0.2 * 3**trial)
         raise FetchError(
             f"{self._checkpoint_id}: bytes {block.start} to {block.start + block.num_bytes} of {block.shard.name} "
             f"{problem} ({_NUM_TRIES} tries). Nothing of it was used; run the same command again to go on."

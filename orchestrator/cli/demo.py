@@ -51,7 +51,7 @@ class _Record:
     @contextmanager
     def phase(self, name: str, out: Console) -> Iterator[None]:
         """Announce a phase and take its time."""
-        out.rule(f"[bold]{name}", align="left")
+        out.print(f"\n[bold]-- {name} --[/]")
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
@@ -92,7 +92,7 @@ def demo(
             top1 = _evaluate(client, {"pretrain": pretrained, "finetune": finetuned}, out)
         with record.phase("fetch and classify", out):
             classified = _fetch_and_classify(client, finetuned, model, root, out)
-    out.rule("[bold]result", align="left")
+    out.print("\n[bold]-- result --[/]")
     _print_result(out, record, baseline["top1"], top1, (pretrained, finetuned), model, client.url, stay, directory)
     out.print(f"{'total':<28}{output.duration(time.monotonic() - started)}")
     problems = shortfalls(top1["pretrain"], top1["finetune"], baseline["top1"], classified["top1"])
