@@ -100,8 +100,10 @@ class Cluster:
         flags = ("object-manager-port", "node-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
         flags += ("runtime-env-agent-port", "metrics-export-port")
         ports = [f"--{flag}={port}" for flag, port in zip(flags, free_ports(len(flags)), strict=True)]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.ray.gcs_address}", "--block"]
+        command = [sys.executable, "-m", "tests.workers.loopback_node", "start", "--block"]
+        command += [f"--address={self.ray.gcs_address}"]
         command += ["--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", "--object-store-memory=100000000", *ports]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
         before = len(self.alive_nodes())
         node = ChildProcess("second-node", command, self.directory / "node-2.log", self.ray.environment())
         wait_for(lambda: len(self.alive_nodes()) > before or node.check_alive(), 60.0, "second node")

@@ -53,9 +53,9 @@ def stepping(seen: FakeAttempt) -> dict[int, int]:
     return wait_for(lambda: seen.pids() if seen.last_step >= 3 and len(seen.pids()) == 2 else None, START_S, "step 3")
 
 
-def says(cluster: Cluster, attempt: AttemptFile, text: str) -> bool:
-    """Whether the driver's shipped output contains the text."""
-    return any(text in line.msg for line in cluster.lines(attempt, "driver"))
+def says(cluster: Cluster, attempt: AttemptFile, text: str, stream: str = "driver") -> bool:
+    """Whether the shipped output contains the text."""
+    return any(text in line.msg for line in cluster.lines(attempt, stream))
 
 
 def test_an_attempt_trains_to_its_end(cluster: Cluster) -> None:
@@ -165,15 +165,14 @@ def test_a_lost_node_is_named_and_its_output_is_kept(cluster: Cluster) -> None:
         pids = stepping(seen)
         below = {process.pid for process in psutil.Process(node.pid).children(recursive=True)}
         [lost] = [rank for rank, pid in pids.items() if pid in below]
-        wait_for(lambda: cluster.lines(attempt, f"rank-{lost:05d}"), 30.0, "the courier of the second node")
+        words = f"torch threads 3 of rank {lost}"
+        wait_for(lambda: says(cluster, attempt, words, f"rank-{lost:05d}"), 30.0, "the courier of the second node")
     finally:
         node.stop(0)
     written = cluster.wait_exit(attempt, 60.0)
     assert written.reason is ExitReason.NODE_LOST, written
     assert written.first_failure is not None
     assert written.first_failure.rank == lost
-    texts = [line.msg for line in cluster.lines(attempt, f"rank-{lost:05d}")]
-    assert f"torch threads 3 of rank {lost}" in texts
 
 
 def test_the_reaper_removes_what_outlives_its_driver(cluster: Cluster) -> None:
