@@ -5,6 +5,7 @@ They are forked from a server that has imported torch and deepspeed once; a laun
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -38,7 +39,7 @@ class RankFailed(Exception):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False, timeout_s: float = 200.0
+    world_size: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False, timeout_s: float = 280.0
 ) -> list[Any]:
     """`function(ranks, *arguments)` on `world_size` ranks of one group: their results, by rank. Results are pickled,
     and hold no tensors (torch would send file descriptors of a process that is gone).
@@ -96,6 +97,7 @@ def _rank_main(
     rank: int, world_size: int, port: int, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage often; what the server preloaded is none
     try:
         store = TCPStore("127.0.0.1", port, is_master=False)
         ranks: Ranks = init_ranks(rank, world_size, store, "cpu", rank)

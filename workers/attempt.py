@@ -57,6 +57,9 @@ def run_rank(
     steps = _LastStep(reporter)
     try:
         spec = load_resolved(attempt.spec)
+        if ranks.device.type == "cpu":
+            # The number of threads decides the order of sums: the job's, not the node's, so that every node resumes it.
+            torch.set_num_threads(spec.resources.cpus_per_worker)
         if isinstance(spec, EvaluateJob):
             return _evaluate(attempt, spec, ranks, steps, store, data_root)
         if isinstance(spec, ExportJob):
@@ -87,6 +90,9 @@ def _train(
     if attempt.resume_from is not None:
         reporter.heartbeat("loading", 0)
         start = load(engine, store, attempt.resume_from.prefix, attempt.training_fingerprint)
+        if ranks.is_first:
+            checkpoint_id = attempt.resume_from.checkpoint_id
+            reporter.event("resumed", f"continues from step {start.step}", {"checkpoint_id": checkpoint_id})
 
     pin_memory = ranks.device.type == "cuda"
     eval_loader = EvalLoader(

@@ -186,9 +186,9 @@ class Checkpointer:
         return control.agree(self.word()).failure
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way, without waiting for it."""
         self._closed.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _join(self, timeout_s: float | None = None) -> None:
         """Wait for this rank's background work, so long at most."""

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def train(
         measured: dict[str, float] = {}
         if (is_new and _is_due(spec.eval.every_steps, progress.step)) or (is_last and spec.eval.at_end):
             reporter.heartbeat("evaluating", progress.step)
-            result = evaluate(lambda: _may_go_on(control, checkpointer, reporter))
+            result = evaluate(partial(_may_go_on, control, checkpointer, reporter, progress.step))
             if result is None:
                 continue  # to read why
             measured = result
@@ -145,8 +146,9 @@ def _is_due(every_steps: int | None, step: int) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def _may_go_on(control: ControlWord, checkpointer: Checkpointer, reporter: Reporter) -> bool:
+def _may_go_on(control: ControlWord, checkpointer: Checkpointer, reporter: Reporter, step: int) -> bool:
     """During an evaluation: exchange words after each batch, so that an order is not kept waiting for its end."""
+    reporter.heartbeat("evaluating", step)
     word = control.exchange(checkpointer.word(reporter.desired()))
     checkpointer.settle(word)
     return word.order is Desired.RUN and word.failure is None

@@ -26,7 +26,7 @@ from workers.checkpoint import read_manifest, read_weights
 from workers.export import export_weights
 from workers.shards import CheckpointCorrupt
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # fixtures hold many runs
 
 SOURCE = saved_at(6, 1)
 SOURCE_DATA = {"source": {"type": "synthetic", "num_train": 70, "num_eval": 21, "num_classes": 6, "image_size": 8}}

@@ -28,7 +28,7 @@ from workers.distributed import Ranks
 from workers.shards import CheckpointCorrupt
 from workers.store import AlreadyExists, Data, StorageError
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # fixtures hold many runs
 
 
 def saving_spec(**parts: Any) -> Any:

@@ -27,7 +27,7 @@ from workers.distributed import Ranks
 from workers.engine import DeepSpeedEngine, Update, build_engine
 from workers.owned import moment, owned
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # fixtures hold many runs
 
 
 # -- orders ------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from tests.ranks import run_ranks
 from tests.workers.attempts import make_attempt, tiny_spec
 from tests.workers.rank_jobs import Result, Run, run_attempts
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # fixtures hold many runs
 
 # Dropout is on in the tiny job; without it, the micro-batch size cannot matter.
 NO_DROPOUT: dict[str, Any] = {"dropout": 0.0, "drop_path": 0.0}
 STAGES = (0, 1, 2, 3)
+EVAL = {"every_steps": 3, "at_end": True, "batch_size": 4}
 
 
 def train_all(world_size: int, specs: dict[Any, Any], folder: Path) -> dict[Any, Result]:
@@ -31,7 +32,7 @@ def train_all(world_size: int, specs: dict[Any, Any], folder: Path) -> dict[Any,
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
     specs: dict[Any, Any] = {
-        (stage, precision): tiny_spec(zero={"stage": stage}, train={"precision": precision})
+        (stage, precision): tiny_spec(zero={"stage": stage}, train={"precision": precision}, eval=EVAL)
         for stage in STAGES
         for precision in ("fp32", "bf16")
     }
@@ -61,6 +62,15 @@ def test_zero_stages_give_the_losses_of_stage_0(on_two: dict[Any, Result], stage
     assert on_two[stage, variant].losses == pytest.approx(on_two[0, variant].losses, abs=1e-5)
     norms, expected = (on_two[s, variant].metrics["train/grad_norm"] for s in (stage, 0))
     assert norms == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_evaluate_alike(on_two: dict[Any, Result], stage: int, precision: str) -> None:
+    metrics, expected = on_two[stage, precision].metrics, on_two[0, precision].metrics
+    assert list(metrics["eval/top1"]) == [3, 6]
+    assert metrics["eval/top1"] == expected["eval/top1"]
+    assert metrics["eval/loss"] == pytest.approx(expected["eval/loss"], abs=1e-5)
 
 
 def test_losses_fall_and_variants_differ(on_two: dict[Any, Result]) -> None:

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.workers.attempts import make_attempt, saved_at, tiny_spec
 from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, run_attempts
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # fixtures hold many runs
 
 Resumed = tuple[DirStore, dict[Any, Result], dict[Any, Result]]
 Moved = tuple[DirStore, dict[tuple[int, int], Result], dict[int, Result]]
@@ -72,16 +72,18 @@ def test_checkpoint_moves_on_with_training(
     runs: Resumed,
 ) -> None:
     """Or the comparison above would compare nothing."""
-    store, whole, _ = runs
+    store, whole, resumed = runs
+    assert resumed[VARIANTS[0]].events[0][:2] == ("resumed", "continues from step 3")
     _, early = read_state(store, saved_at(3, 1).prefix)
     _, late = read_state(store, saved_at(7, 1).prefix)
     for key, tensor in early.items():
         assert not torch.equal(tensor, late[key]), key
-    assert [event[2]["step"] for event in whole[VARIANTS[0]].events] == [3, 6, 7]
+    committed = [data["step"] for kind, _, data in whole[VARIANTS[0]].events if kind == "checkpoint_committed"]
+    assert committed == [3, 6, 7]
     assert len(whole[VARIANTS[0]].checkpoints) == 3
 
 
-SOURCES = [(0, 1), (1, 2), (2, 3), (3, 2), (3, 3)]
+SOURCES = [(0, 1), (1, 2), (2, 3), (3, 2)]
 TARGETS = [(stage, world_size) for world_size in (1, 2, 3) for stage in range(4)]
 
 
@@ -121,7 +123,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Moved:
             if target[1] == world_size
             for source in range(1, len(SOURCES) + 1)
             for continued in (False, True)
-            if not continued or source in (1, 4)
+            if not continued or source == 4
         ]
         results = run_ranks(world_size, run_attempts, runs, str(root))[0]
         loaded |= {run.attempt.number: result for run, result in zip(runs, results, strict=True)}
@@ -149,7 +151,7 @@ def test_state_moves_between_stages_and_world_sizes(
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("source", [(0, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("source", [(3, 2)], ids=str)
 def test_training_goes_on_elsewhere_with_the_same_losses(
     moved: Moved,
     source: tuple[int, int],
