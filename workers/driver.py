@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -384,13 +383,12 @@ def main(run_rank: Callable[..., Any] | None = None) -> int:
     logs.configure(sys.stderr)
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    scratch = Path(tempfile.mkdtemp(prefix="pw-driver-"))
     try:
         attempt_id = own_attempt_id(os.environ)
         settings = load_node_settings()
         store = open_store(settings)
         try:
-            return _drive_attempt(attempt_id, settings, store, scratch, terminated, run_rank)
+            return _drive_attempt(attempt_id, settings, store, terminated, run_rank)
         except Exception as error:
             log.error("The driver failed.", exc_info=True)
             message = f"The driver failed: {type(error).__name__}: {error}"[:2000]
@@ -400,15 +398,12 @@ def main(run_rank: Callable[..., Any] | None = None) -> int:
     except (DriverError, ValueError, OSError) as error:
         log.error("The driver cannot begin.", error=str(error))
         return 1
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _drive_attempt(
     attempt_id: str,
     settings: NodeSettings,
     store: ObjectStore,
-    scratch: Path,
     terminated: threading.Event,
     run_rank: Callable[..., Any] | None,
 ) -> int:
@@ -421,6 +416,8 @@ def _drive_attempt(
     node_dir = logs.node_log_dir(settings.log_dir, attempt_id, node_id)
     # Never closed: threads write to it until this process ends.
     logs.configure(sys.stderr, logs.open_stream(logs.log_path(node_dir, "driver")))
+    # Beside the logs: what a killed driver leaves goes with them.
+    scratch = node_dir / "scratch"
     attempt = read_attempt(store, attempt_id)
     forwarder = claim_attempt(attempt, settings, context.get_session_name(), scratch / "spool")
     if forwarder.is_fenced:
@@ -430,7 +427,9 @@ def _drive_attempt(
     couriers = Couriers(attempt_id, Courier(attempt_id, settings.log_dir, node_id, store), node_id)
     hub, group = start_workers(attempt, settings, scratch / "train", run_rank)
     run = Run(attempt, settings, store, hub, group, forwarder, couriers, is_node_alive, terminated=terminated)
-    return 0 if drive(run) is not None else 1
+    status = 0 if drive(run) is not None else 1
+    shutil.rmtree(scratch, ignore_errors=True)
+    return status
 
 
 if __name__ == "__main__":
