@@ -52,6 +52,8 @@ class Hang:
     rank: int
     node: str
     message: str
+    suspects: tuple[int, ...] = ()
+    """Where several ranks stand equally far back: all of them, `rank` being the first."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,23 @@ def is_echo(end: RankEnd) -> bool:
     if end.reason is ExitReason.WORKER_LOST:
         return True
     return end.reason not in SPECIFIC and _ECHO.search(f"{end.error_type} {end.message}") is not None
+
+
+_IN_COLLECTIVE = re.compile(r"torch/distributed|deepspeed/comm|workers/control\.py")
+
+
+def narrow(hang: Hang, stacks: Mapping[int, tuple[str, ...]], nodes: Mapping[int, str]) -> Hang:
+    """The hang, its rank chosen by the stacks of the suspects: one that is in no collective holds up those that are.
+
+    Where all or none are in one (on a GPU a wait shows elsewhere), it stays as it was.
+    """
+    waiting = {r for r in hang.suspects if any(_IN_COLLECTIVE.search(line) for line in stacks.get(r, ()))}
+    culprits = [rank for rank in hang.suspects if rank not in waiting and stacks.get(rank)]
+    if not waiting or not culprits:
+        return hang
+    rank = culprits[0]
+    text = f"{hang.message} Rank {rank} holds up ranks {sorted(waiting)}, which wait in a collective."
+    return Hang(rank, nodes.get(rank, ""), text)
 
 
 def diagnose(evidence: Evidence) -> Verdict:

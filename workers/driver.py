@@ -41,7 +41,7 @@ from configs.wire import AttemptFile, ClaimRequest, ExitFile, RankFailure
 from workers import logs
 from workers.control_plane import ControlPlane
 from workers.courier import Courier, Couriers
-from workers.diagnosis import Evidence, Hang, RankEnd, Vanished, Verdict, diagnose
+from workers.diagnosis import Evidence, Hang, RankEnd, Vanished, Verdict, diagnose, narrow
 from workers.forwarder import Forwarder
 from workers.hub import Drained, ReportHub
 from workers.node import NodeSettings, load_node_settings, open_store
@@ -55,6 +55,10 @@ TICK_S = 0.25
 LEAVE_GRACE_S = 5.0
 """From the first rank's failure until the others are ended: they wait for it in a collective, or fail as well."""
 LAST_LINES = 40
+STACKS_S = 1.0
+"""A rank writes its stacks within milliseconds of the signal, unless it is frozen."""
+STACK_LINES = 150
+MAX_SUSPECTS = 64
 CLAIM_S = 10.0
 FINAL_REPORT_S = 20.0
 FLUSH_S = 10.0
@@ -265,7 +269,7 @@ def write_exit(run: Run, evidence: Evidence) -> ExitFile | None:
     """Ends the ranks, sends what is left of output and reports, and writes exit.json. Returns None if it could not be
     written; where one exists already, that one counts."""
     if evidence.hang is not None:
-        _dump_stacks(run)
+        evidence = replace(evidence, hang=_look_at_stacks(run, evidence.hang))
     run.group.stop()
     _drain_last(run)
     evidence = replace(evidence, ends={**run.drained.ends, **evidence.ends})
@@ -279,10 +283,20 @@ def write_exit(run: Run, evidence: Evidence) -> ExitFile | None:
     return exit_file if put_exit(run.store, exit_file, EXIT_WRITE_S) else None
 
 
-def _dump_stacks(run: Run) -> None:
-    """Where every rank stands goes into its output; the ranks end right after, so this waits for none of them."""
-    for info in run.drained.infos.values():
+def _look_at_stacks(run: Run, hang: Hang) -> Hang:
+    """Where every rank stands goes into its output; of several suspects the one that others wait for is chosen."""
+    infos = run.drained.infos
+    for info in infos.values():
         run.couriers.dump_stacks(info.node_id, [info.pid])
+    if len(hang.suspects) < 2:
+        return hang
+    time.sleep(STACKS_S)
+    stacks = {
+        rank: run.couriers.last_lines(infos[rank].node_id, rank_stream(rank), STACK_LINES)
+        for rank in hang.suspects[:MAX_SUSPECTS]
+        if rank in infos
+    }
+    return narrow(hang, stacks, {rank: info.node for rank, info in infos.items()})
 
 
 def _drain_last(run: Run) -> None:

@@ -57,15 +57,19 @@ class ProgressWatch:
         for rank, beat in live.items():
             if now - self._moved_at[rank] <= self._limit_s(beat):
                 return None
-        # The rank that is behind; among equals the one that stopped first.
-        rank = min(live, key=lambda r: (live[r].step, self._moved_at[r], r))
+        behind = min(beat.step for beat in live.values())
+        suspects = tuple(sorted(rank for rank, beat in live.items() if beat.step == behind))
+        rank = suspects[0]
         beat = live[rank]
+        still_s = min(now - self._moved_at[r] for r in live)
+        place = f"at step {behind} ({beat.phase})"
+        if len(suspects) > 1:
+            who = f"ranks {list(suspects)} stand" if len(suspects) <= 8 else f"{len(suspects)} ranks stand"
+            return Hang(rank, beat.node, f"No rank made progress for {still_s:.0f} s; {who} {place}.", suspects)
         others = sorted({b.step for r, b in live.items() if r != rank})
-        among = f"; the other ranks stand at step {', '.join(map(str, others))}" if others else ""
-        still = now - self._moved_at[rank]
-        place = f"phase {beat.phase}, step {beat.step}{among}"
-        text = f"Rank {rank} on {beat.node} made no progress for {still:.0f} s in {place}."
-        return Hang(rank, beat.node, text)
+        ahead = f"; the other ranks stand at step {', '.join(map(str, others))}" if others else ""
+        text = f"Rank {rank} on {beat.node} made no progress for {still_s:.0f} s {place}{ahead}."
+        return Hang(rank, beat.node, text, suspects)
 
     def _limit_s(self, beat: Heartbeat) -> float:
         is_first_step = beat.step <= self._first_step.get(beat.rank, beat.step)

@@ -6,7 +6,7 @@ import pytest
 
 from configs.reasons import ExitReason
 from configs.states import Desired
-from workers.diagnosis import Evidence, Hang, RankEnd, Vanished, diagnose, is_echo
+from workers.diagnosis import Evidence, Hang, RankEnd, Vanished, diagnose, is_echo, narrow
 
 DONE = [RankEnd(r, ExitReason.COMPLETED, step=10) for r in range(2)]
 RESET = RankEnd(
@@ -118,6 +118,27 @@ def test_message_names_rank_and_cause() -> None:
 )
 def test_echoes_are_told_from_causes(message: str, expected: bool) -> None:
     assert is_echo(RankEnd(0, ExitReason.PLATFORM_ERROR, message=message)) is expected
+
+
+WAITING = ("Thread 0x1", '  File "/x/torch/distributed/distributed_c10d.py", line 3913 in all_reduce')
+BUSY = ("Thread 0x1", '  File "/x/workers/data/loader.py", line 12 in __next__')
+
+
+@pytest.mark.parametrize(
+    ("stacks", "rank", "is_explained"),
+    [
+        ({0: WAITING, 1: BUSY, 2: WAITING}, 1, True),
+        ({0: WAITING, 1: WAITING, 2: WAITING}, 0, False),
+        ({0: BUSY, 1: BUSY, 2: BUSY}, 0, False),
+        ({0: WAITING, 1: (), 2: WAITING}, 0, False),
+        ({}, 0, False),
+    ],
+)
+def test_stacks_tell_who_holds_up_whom(stacks: dict[int, tuple[str, ...]], rank: int, is_explained: bool) -> None:
+    hang = narrow(Hang(0, "a", "Nothing moves.", (0, 1, 2)), stacks, {1: "b"})
+    assert hang.rank == rank
+    assert ("Rank 1 holds up ranks [0, 2]" in hang.message) is is_explained
+    assert hang.node == ("b" if is_explained else "a")
 
 
 def test_specific_failures_are_never_echoes() -> None:

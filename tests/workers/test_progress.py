@@ -49,7 +49,15 @@ def test_standing_still_names_the_rank_behind() -> None:
     hang = look(watch, 113.0, beat(0, 6), beat(1, 5))
     assert hang is not None
     assert hang.rank == 1
-    assert "step 5; the other ranks stand at step 6" in hang.message
+    assert hang.suspects == (1,)
+    assert "at step 5 (training); the other ranks stand at step 6" in hang.message
+
+
+def test_where_all_stand_at_one_step_all_are_suspects() -> None:
+    hang = look(started(), 200.0, beat(0, 5), beat(1, 5))
+    assert hang is not None
+    assert hang.suspects == (0, 1)
+    assert hang.message == "No rank made progress for 190 s; ranks [0, 1] stand at step 5 (training)."
 
 
 def test_one_moving_rank_is_enough() -> None:
