@@ -189,6 +189,10 @@ class Courier:
             except (StoreError, OSError) as error:
                 log.warning("Output could not be shipped; it stays on the node.", stream=path.stem, error=str(error))
                 shipped = False
+            except Exception:
+                # One stream's trouble must not end the others'.
+                log.error("Output could not be read.", stream=path.stem, exc_info=True)
+                shipped = False
         return shipped
 
 

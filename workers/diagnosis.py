@@ -86,6 +86,7 @@ ORDERED = {
     Desired.YIELD: ExitReason.PREEMPTED,
 }
 LEFT = frozenset(ORDERED.values())
+"""What ranks say that left on an order."""
 SPECIFIC = frozenset(
     {
         ExitReason.SPEC_INVALID,
@@ -108,6 +109,11 @@ _ECHO = re.compile(
 # Not "OOM" alone: Ray's text for every crashed process names the OOM killer as one of its guesses.
 _OOM_HOST = re.compile(r"OutOfMemoryError|running low on memory|memory (monitor|usage threshold)", re.IGNORECASE)
 _OOM_GPU = re.compile(r"cuda.{0,40}out of memory|outofmemoryerror", re.IGNORECASE)
+
+
+def has_failed(end: RankEnd) -> bool:
+    """Whether a rank ended in another way than it should."""
+    return end.reason is not ExitReason.COMPLETED and end.reason not in LEFT
 
 
 def is_echo(end: RankEnd) -> bool:
@@ -136,7 +142,7 @@ def narrow(hang: Hang, stacks: Mapping[int, tuple[str, ...]], nodes: Mapping[int
 
 def diagnose(evidence: Evidence) -> Verdict:
     """The reason an attempt ended, a message for people, and the rank that failed first if one did."""
-    failed = sorted((e for e in evidence.ends.values() if e.reason not in LEFT | {ExitReason.COMPLETED}), key=_by_order)
+    failed = sorted((e for e in evidence.ends.values() if has_failed(e)), key=_by_order)
     vanished = sorted((v for v in evidence.vanished if v.rank not in evidence.ends), key=lambda v: v.rank)
     if evidence.fenced:
         return Verdict(ExitReason.FENCED, "The control plane has given this job to a newer attempt.")

@@ -41,13 +41,13 @@ from configs.wire import AttemptFile, ClaimRequest, ExitFile, RankFailure
 from workers import logs
 from workers.control_plane import ControlPlane
 from workers.courier import Courier, Couriers
-from workers.diagnosis import Evidence, Hang, RankEnd, Vanished, Verdict, diagnose, narrow
+from workers.diagnosis import Evidence, Hang, RankEnd, Vanished, Verdict, diagnose, has_failed, narrow
 from workers.forwarder import Forwarder
 from workers.hub import Drained, ReportHub
 from workers.node import NodeSettings, load_node_settings, open_store
 from workers.progress import ProgressWatch
 from workers.rank_main import rank_main
-from workers.store import AlreadyExists, ObjectStore, StoreError
+from workers.store import AlreadyExists, NotFound, ObjectStore, StoreError
 from workers.worker_group import GroupEnd, RayTrainWorkerGroup, WorkerGroup
 
 log = structlog.get_logger(__name__)
@@ -109,10 +109,11 @@ def read_attempt(store: ObjectStore, attempt_id: str) -> AttemptFile:
 
     Raises:
         DriverError: the file is missing or unreadable.
+        StorageError: the store could not be used.
     """
     try:
         attempt = AttemptFile.model_validate_json(store.get(attempt_key(attempt_id)))
-    except (StoreError, ValueError) as error:
+    except (NotFound, ValueError) as error:
         raise DriverError(f"attempt file of {attempt_id}: {error}") from error
     if attempt.attempt_id != attempt_id:
         raise DriverError(f"attempt file of {attempt_id} is of {attempt.attempt_id}")
@@ -193,7 +194,7 @@ def forward_reports(run: Run) -> None:
 def watch_progress(run: Run, group_end: GroupEnd | None) -> Evidence | None:
     """Everything known of the attempt's end, once it must end; None while it may go on."""
     now, ends = run.clock(), run.drained.ends
-    if run.failed_at is None and any(end.reason is not ExitReason.COMPLETED for end in ends.values()):
+    if run.failed_at is None and any(map(has_failed, ends.values())):
         run.failed_at = now
     if run.forwarder.is_fenced:
         return _evidence(run, fenced=True)
@@ -277,10 +278,15 @@ def write_exit(run: Run, evidence: Evidence) -> ExitFile | None:
     log.info(
         "The attempt ends.", reason=str(exit_file.reason), message=exit_file.message, last_step=exit_file.last_step
     )
+    if run.drained.dropped_metrics:
+        log.warning("Metrics came faster than they could be taken.", dropped=run.drained.dropped_metrics)
+    # Ray ends a driver soon after SIGTERM: then the verdict goes first. Otherwise who reads it finds the rest there.
+    is_hurried = run.terminated.is_set()
+    is_written = is_hurried and put_exit(run.store, exit_file, EXIT_WRITE_S)
     run.couriers.flush(FLUSH_S)
     if not run.forwarder.finish(FINAL_REPORT_S):
         log.warning("Not all reports could be delivered.")
-    return exit_file if put_exit(run.store, exit_file, EXIT_WRITE_S) else None
+    return exit_file if is_written or put_exit(run.store, exit_file, EXIT_WRITE_S) else None
 
 
 def _look_at_stacks(run: Run, hang: Hang) -> Hang:

@@ -85,7 +85,11 @@ class Forwarder:
             finishing = self._finishing.is_set()
             batches = [] if is_last_made else self._take(finished=finishing)
             is_last_made = finishing
-            self._deliver(batches)
+            try:
+                self._deliver(batches)
+            except Exception:
+                # A full disk, a reply that cannot be read: reports may be lost, reporting must not be.
+                log.error("Reports could not be handled.", exc_info=True)
             if finishing and not self._spool:
                 return
             self._wake.wait(self._interval_s if self.is_reachable else self._pause_s)

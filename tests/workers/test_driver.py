@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -75,6 +76,7 @@ class Bench:
         self.forwarder.claim(5.0)
         self.forwarder.start()
         self.dead_nodes: set[str] = set()
+        self.terminated = threading.Event()
         for rank in range(2):
             self.hub.enter(RankInfo(rank, "own", f"host-{rank}", 2**22 + rank))
 
@@ -91,6 +93,7 @@ class Bench:
             Couriers(ATTEMPT, self.courier, "own"),
             lambda node_id: node_id not in self.dead_nodes,
             clock=self.clock,
+            terminated=self.terminated,
         )
         written = drive(run)
         assert group.is_stopped
@@ -266,6 +269,34 @@ def test_an_order_before_the_ranks_have_started_ends_at_once(bench: Bench) -> No
         ExitReason.USER_CANCELLED,
         "Told to leave before the ranks had started.",
     )
+
+
+def test_ranks_that_left_wait_for_the_one_that_commits(bench: Bench) -> None:
+    written = bench.drive(
+        bench.beat(5, 5),
+        bench.order(Desired.PAUSE),
+        bench.end(1, ExitReason.PAUSED, step=6),
+        bench.sleep(30.0),
+        bench.end(0, ExitReason.PAUSED, step=6, checkpoint_step=6),
+    )
+    assert (written.reason, written.checkpoint_step) == (ExitReason.PAUSED, 6)
+    assert written.message == "All ranks left when told to."
+
+
+def test_sigterm_without_an_order_gives_the_job_back(bench: Bench) -> None:
+    def term() -> None:
+        bench.terminated.set()
+
+    written = bench.drive(bench.beat(5, 5), term, bench.sleep(4.0), bench.sleep(2.0), term_grace_s=5.0)
+    assert written.reason is ExitReason.PREEMPTED
+
+
+def test_sigterm_after_an_order_keeps_its_reason(bench: Bench) -> None:
+    def term() -> None:
+        bench.terminated.set()
+
+    written = bench.drive(bench.beat(5, 5), bench.order(Desired.STOP), term, bench.sleep(6.0), term_grace_s=5.0)
+    assert written.reason is ExitReason.USER_CANCELLED
 
 
 def test_fenced(bench: Bench) -> None:
