@@ -129,6 +129,33 @@ def create_token(
     output.errors().print(f"[dim]Token {made.id} ({made.role}) for {escape(made.name)}. It is not shown again.[/]")
 
 
+@tokens_app.command("bootstrap")
+def bootstrap_token(
+    name: Annotated[str, typer.Option("--name", help="Whose it is.")] = "admin",
+) -> None:
+    """Make the first administrator's token, on a machine that holds the server's settings. It is shown this once."""
+    try:
+        from orchestrator.auth import new_token
+        from orchestrator.db import Database
+        from orchestrator.settings import load_settings
+        from orchestrator.tokens import ensure_admin_token, list_tokens
+    except ModuleNotFoundError as error:
+        raise PatchworkError(f"{error.name} is not installed: pip install 'patchwork-vit[server]'") from error
+    database = Database(load_settings().database_url)
+    try:
+        database.upgrade()
+        if any(t.role == "admin" and t.revoked_at is None for t in list_tokens(database).items):
+            raise PatchworkError(
+                "There is an administrator's token already: use it to make others, `patchwork tokens create`."
+            )
+        secret = new_token()
+        ensure_admin_token(database, secret, name)
+    finally:
+        database.close()
+    output.console().print(secret, markup=False)
+    output.errors().print(f"[dim]An administrator's token for {escape(name)}. It is not shown again.[/]")
+
+
 @tokens_app.command("revoke")
 def revoke_token(
     ctx: typer.Context,
