@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orchestrator.db import Database
+from orchestrator.storage.db import Database
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

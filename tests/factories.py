@@ -12,10 +12,10 @@ from configs.model import VitConfig
 from configs.reasons import ExitReason
 from configs.states import AttemptState, Desired, JobState
 from configs.wire import ExitFile, Manifest, Preprocess, RankFailure, ShardFile, TensorSlice
-from orchestrator.db import Database
-from orchestrator.store import ObjectStore
-from orchestrator.tables import AttemptRow, JobRow
-from orchestrator.transitions import enqueue
+from orchestrator.control.transitions import enqueue
+from orchestrator.storage.db import Database
+from orchestrator.storage.store import ObjectStore
+from orchestrator.storage.tables import AttemptRow, JobRow
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 FINGERPRINT = "sha256:fingerprint"

@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from configs.load import PresetInfo, list_presets
-from orchestrator import datasets, health
+from orchestrator.api.deps import Member, ServicesDep, Viewer, body_schema, json_body
 from orchestrator.api.examples import DATASET
-from orchestrator.deps import Member, ServicesDep, Viewer, body_schema, json_body
-from orchestrator.problems import NotFound, declares
 from orchestrator.schemas import ClusterPublic, DatasetCreate, DatasetPage, DatasetPublic, PresetPage, PresetPublic
+from orchestrator.services import datasets, health
+from orchestrator.services.problems import NotFound, declares
 
 router = APIRouter(prefix="/v1", tags=["catalog"])
 

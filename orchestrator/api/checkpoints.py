@@ -8,11 +8,11 @@ from fastapi import APIRouter, Header, Path
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from configs.wire import EvaluationReport, Manifest
-from orchestrator import checkpoints
-from orchestrator.checkpoints import StoredFile
-from orchestrator.deps import CheckpointId, JobId, Services, ServicesDep, Viewer
-from orchestrator.problems import declares
+from orchestrator.api.deps import CheckpointId, JobId, Services, ServicesDep, Viewer
 from orchestrator.schemas import CheckpointPage, CheckpointPublic, ExportPage
+from orchestrator.services import checkpoints
+from orchestrator.services.checkpoints import StoredFile
+from orchestrator.services.problems import declares
 
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
 PRESIGNED_FOR_S = 3600

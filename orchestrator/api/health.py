@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from orchestrator.health import ReadinessProbe
 from orchestrator.schemas import Health, Readiness
+from orchestrator.services.health import ReadinessProbe
 
 router = APIRouter(tags=["health"])
 

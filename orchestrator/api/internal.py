@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply
-from orchestrator import reports
-from orchestrator.deps import DriverOnly, ServicesDep, body_schema, wire_body
-from orchestrator.problems import declares
+from orchestrator.api.deps import DriverOnly, ServicesDep, body_schema, wire_body
+from orchestrator.services import reports
+from orchestrator.services.problems import declares
 
 router = APIRouter(prefix="/internal/v1/attempts/{attempt_id}", tags=["internal"], dependencies=[DriverOnly])
 

@@ -9,9 +9,7 @@ from fastapi.responses import JSONResponse
 
 from configs.plan import Plan
 from configs.states import JobState
-from orchestrator import jobs, submission
-from orchestrator.api.examples import EXPORT, FINETUNE, PRETRAIN
-from orchestrator.deps import (
+from orchestrator.api.deps import (
     Cursor,
     IdempotencyKey,
     JobId,
@@ -23,9 +21,11 @@ from orchestrator.deps import (
     Viewer,
     body_schema,
 )
-from orchestrator.idempotency import key_for
-from orchestrator.problems import declares
+from orchestrator.api.examples import EXPORT, FINETUNE, PRETRAIN
 from orchestrator.schemas import JobCreate, JobPage, JobPreview, JobPublic, PlanCreate
+from orchestrator.services import jobs, submission
+from orchestrator.services.idempotency import key_for
+from orchestrator.services.problems import declares
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 IfMatch = Annotated[str | None, Header(max_length=200, description="Act only on this version (a job's etag).")]

@@ -9,7 +9,7 @@ import structlog
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orchestrator.problems import TooLarge, problem_response
+from orchestrator.services.problems import TooLarge, problem_response
 
 log = structlog.get_logger(__name__)
 MAX_BODY_BYTES = 1024 * 1024

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from orchestrator import history, logs, metrics
-from orchestrator.auth import Actor, authenticate, require
-from orchestrator.deps import JobId, PrintableText, Services, ServicesDep, Viewer
-from orchestrator.problems import declares
+from orchestrator.api.deps import JobId, PrintableText, Services, ServicesDep, Viewer
 from orchestrator.schemas import AttemptPublic, EventPage, LogPage, MetricsPublic
-from orchestrator.streams import EventStream
+from orchestrator.services import history, logs, metrics
+from orchestrator.services.auth import Actor, authenticate, require
+from orchestrator.services.problems import declares
+from orchestrator.services.streams import EventStream
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"])
 EVENT_POLL_S = 0.5

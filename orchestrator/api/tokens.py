@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
 
-from orchestrator import tokens
+from orchestrator.api.deps import Admin, ServicesDep, Viewer, body_schema, json_body
 from orchestrator.api.examples import TOKEN
-from orchestrator.deps import Admin, ServicesDep, Viewer, body_schema, json_body
-from orchestrator.problems import declares
 from orchestrator.schemas import TokenCreate, TokenCreated, TokenPage, Whoami
+from orchestrator.services import tokens
+from orchestrator.services.problems import declares
 
 router = APIRouter(prefix="/v1", tags=["tokens"])
 

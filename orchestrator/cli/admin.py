@@ -135,10 +135,10 @@ def bootstrap_token(
 ) -> None:
     """Make the first administrator's token, on a machine that holds the server's settings. It is shown this once."""
     try:
-        from orchestrator.auth import new_token
-        from orchestrator.db import Database
+        from orchestrator.services.auth import new_token
+        from orchestrator.services.tokens import ensure_admin_token, list_tokens
         from orchestrator.settings import load_settings
-        from orchestrator.tokens import ensure_admin_token, list_tokens
+        from orchestrator.storage.db import Database
     except ModuleNotFoundError as error:
         raise PatchworkError(f"{error.name} is not installed: pip install 'patchwork-vit[server]'") from error
     database = Database(load_settings().database_url)

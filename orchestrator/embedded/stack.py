@@ -15,8 +15,6 @@ from typing import Protocol
 
 import httpx
 
-from orchestrator.auth import new_token
-from orchestrator.db import Database
 from orchestrator.embedded.data_dir import DataDir, RunFile
 from orchestrator.embedded.object_store import ObjectStoreServer
 from orchestrator.embedded.ports import free_ports, is_free
@@ -24,7 +22,9 @@ from orchestrator.embedded.processes import ProcessFailed
 from orchestrator.embedded.ray_head import RayHead
 from orchestrator.embedded.server import ServerProcess
 from orchestrator.files import write_private
-from orchestrator.tokens import ensure_admin_token
+from orchestrator.services.auth import new_token
+from orchestrator.services.tokens import ensure_admin_token
+from orchestrator.storage.db import Database
 
 DEFAULT_PORT = 8400
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 30.0
@@ -101,35 +101,31 @@ class Stack:
         if not is_free(port):
             raise RuntimeError(f"port {port} is taken by another program: give --port with a free one, or 0 for any")
         self.url = f"http://127.0.0.1:{port}"
-        self._note("object store", "starting")
         store = ObjectStoreServer(self.dir.store, self.dir.logs / "object-store.log")
-        self._launch(store)
         ray = RayHead(self.dir.logs / "ray.log", self.dir.node_file, num_cpus=self._num_cpus)
+        self._launch("object store", store)
         self._write_settings(port, store, ray)
-        self._note("Ray", "starting")
-        self._launch(ray)
-        self._note("database", "starting")
-        with ThreadPoolExecutor(3) as pool:
-            waits = [
-                pool.submit(self._ready, "object store", store.wait_ready),
-                pool.submit(self._ready, "Ray", ray.wait_ready),
-                pool.submit(self._ready, "database", self._prepare_database),
-            ]
-        for wait in waits:
-            wait.result()
-        for part, module in (("API", "orchestrator.main_api"), ("controller", "orchestrator.controller")):
-            # The controller is ready when the API, which sees its traces in the database, says that everything is.
-            path = {"API": "/healthz", "controller": "/readyz"}[part]
-            log = self.dir.logs / f"{part.lower()}.log"
-            self._note(part, "starting")
-            server = ServerProcess(part, module, self.dir.settings_file, log, self.url + path)
-            self._launch(server)
-            self._ready(part, server.wait_ready)
+        self._launch("Ray", ray)
+        with ThreadPoolExecutor(1) as pool:
+            ray_is_ready = pool.submit(
+                self._ready, "Ray", ray.wait_ready
+            )  # the longest wait: the rest goes on beside it
+            self._ready("database", self._prepare_database)
+            self._ready("object store", store.wait_ready)
+            for part, module in (("API", "orchestrator.main_api"), ("controller", "orchestrator.controller")):
+                # The API, which sees the controller's traces in the database, says when that one is ready too.
+                path = {"API": "/healthz", "controller": "/readyz"}[part]
+                log = self.dir.logs / f"{part.lower()}.log"
+                server = ServerProcess(part, module, self.dir.settings_file, log, self.url + path)
+                self._launch(part, server)
+                self._ready(part, server.wait_ready)
+            ray_is_ready.result()
         self._ready("cluster", self._wait_for_cluster)
         self.dir.write_client(self.url, self.token)
         self._write_run("ready")
 
-    def _launch(self, part: Part) -> None:
+    def _launch(self, name: str, part: Part) -> None:
+        self._note(name, "starting")
         with self._lifecycle:
             if self._stopped:
                 raise ProcessFailed("the stack was stopped while it started")

@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_packages_and_their_data_only(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"configs", "vit", "workers", "orchestrator"}
     assert "configs/presets/demo/fashion-mnist-pretrain.yaml" in names
-    assert any(name.startswith("orchestrator/migrations/versions/") for name in names)
+    assert any(name.startswith("orchestrator/storage/migrations/versions/") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from orchestrator.launcher import ClusterStatus, JobStatus, LaunchState, NodeInfo, Unreachable
+from orchestrator.control.launcher import ClusterStatus, JobStatus, LaunchState, NodeInfo, Unreachable
 
 
 class FakeLauncher:
-    """`orchestrator.launcher.Launcher` in memory. Tests set `states`, `remains`, `cluster_id`, `nodes`, `is_away`.
+    """`orchestrator.control.launcher.Launcher` in memory. Tests set its public fields.
 
     `lose_next_reply`: the next submission is accepted, and then looks as if the cluster were away.
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 
-from orchestrator.store import CHUNK_BYTES, AlreadyExists, NotFound, StoredObject, StoreUnavailable
+from orchestrator.storage.store import CHUNK_BYTES, AlreadyExists, NotFound, StoredObject, StoreUnavailable
 
 
 class MemoryStore:
-    """`orchestrator.store.ObjectStore` in memory. `fail_next` makes the next calls fail as if it were away;
+    """`orchestrator.storage.store.ObjectStore` in memory. `fail_next` makes the next calls fail as if it were away;
     `lose_next_reply` does the next put and then fails, as a lost reply does."""
 
     def __init__(self) -> None:

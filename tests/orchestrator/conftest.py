@@ -10,12 +10,12 @@ import structlog
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from orchestrator.app import create_app
-from orchestrator.auth import Actor
-from orchestrator.db import Database
+from orchestrator.api.app import create_app
 from orchestrator.schemas import Role, TokenCreate
+from orchestrator.services.auth import Actor
+from orchestrator.services.tokens import create_token, ensure_admin_token
 from orchestrator.settings import Settings
-from orchestrator.tokens import create_token, ensure_admin_token
+from orchestrator.storage.db import Database
 from tests.fakes.memory_store import MemoryStore
 
 ADMIN_TOKEN = "pw_admin-token-of-the-tests"

@@ -14,9 +14,9 @@ from configs.layout import checkpoint_prefix, log_chunk_key
 from configs.model import VitConfig
 from configs.states import AttemptState, JobState
 from configs.wire import LogLine, Preprocess
-from orchestrator.db import Database
-from orchestrator.tables import AttemptRow, CheckpointRow, JobRow
-from orchestrator.transitions import transition
+from orchestrator.control.transitions import transition
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow
 from tests.fakes.memory_store import MemoryStore
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)

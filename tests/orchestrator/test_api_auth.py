@@ -12,12 +12,12 @@ from fastapi import FastAPI
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
-from orchestrator.app import create_app
-from orchestrator.db import Database
+from orchestrator.api.app import create_app
 from orchestrator.schemas import Role
+from orchestrator.services.tokens import ensure_admin_token
 from orchestrator.settings import Settings
-from orchestrator.tables import TokenRow
-from orchestrator.tokens import ensure_admin_token
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import TokenRow
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.conftest import ADMIN_TOKEN, headers_for
 from tests.orchestrator.rows import spec_with

@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 
 from configs.states import JobState
 from orchestrator.api.middleware import MAX_BODY_BYTES
-from orchestrator.db import Database
 from orchestrator.schemas import Problem
-from orchestrator.tables import EventRow, IdempotencyRow, JobRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import EventRow, IdempotencyRow, JobRow
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.rows import PRETRAIN, add_checkpoint, move, spec_with, submit
 

@@ -11,10 +11,10 @@ from starlette.testclient import TestClient
 
 from configs.load import list_presets
 from configs.wire import DatasetIndex
-from orchestrator.app import create_app
-from orchestrator.db import Database
+from orchestrator.api.app import create_app
 from orchestrator.settings import Settings
-from orchestrator.tables import ClusterRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import ClusterRow
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.rows import spec_with, submit
 

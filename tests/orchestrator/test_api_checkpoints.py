@@ -8,11 +8,11 @@ from starlette.testclient import TestClient
 from configs.ids import checkpoint_id
 from configs.layout import attempt_key, checkpoint_prefix, export_prefix, manifest_key, report_key
 from configs.wire import EvaluationReport, Manifest, ShardFile
-from orchestrator.app import create_app
-from orchestrator.checkpoints import ByteRange, parse_range
-from orchestrator.db import Database
-from orchestrator.problems import RangeNotSatisfiable
+from orchestrator.api.app import create_app
+from orchestrator.services.checkpoints import ByteRange, parse_range
+from orchestrator.services.problems import RangeNotSatisfiable
 from orchestrator.settings import Settings
+from orchestrator.storage.db import Database
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.conftest import ADMIN_TOKEN
 from tests.orchestrator.rows import MODEL, PREPROCESS, T0, add_attempt, add_checkpoint, submit

@@ -13,9 +13,9 @@ from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
 
 from configs.states import JobState
-from orchestrator.db import Database
 from orchestrator.schemas import JobPublic
-from orchestrator.tables import EventRow, IdempotencyRow, JobRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import EventRow, IdempotencyRow, JobRow
 from tests.orchestrator.conftest import headers_for
 from tests.orchestrator.rows import T0, add_attempt, add_checkpoint, move, spec_with, submit
 

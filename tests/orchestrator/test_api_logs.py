@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from configs.states import AttemptState, JobState
-from orchestrator import logs
-from orchestrator.db import Database
+from orchestrator.services import logs
+from orchestrator.storage.db import Database
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.rows import T0, add_attempt, add_log_chunk, move, submit
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from configs.load import apply_overrides, parse_spec
-from orchestrator.problems import PROBLEM_JSON
+from orchestrator.services.problems import PROBLEM_JSON
 from tests.orchestrator.rows import submit
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orchestrator.auth import Actor
-from orchestrator.db import Database
 from orchestrator.schemas import TokenCreate
-from orchestrator.tokens import create_token
+from orchestrator.services.auth import Actor
+from orchestrator.services.tokens import create_token
+from orchestrator.storage.db import Database
 from tests.orchestrator.rows import spec_with
 
 CANARIES = ("canary-worker-secret", "canary-s3-secret")
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(db: Database, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
-    """`python -m orchestrator.main_api` on a free port: the process, its address and its log."""
+    """`python -m orchestrator.api.server` on a free port: the process, its address and its log."""
     port = free_port()
     settings = {
         "database_url": db.url.render_as_string(hide_password=False),
@@ -47,7 +47,7 @@ def running(db: Database, directory: Path) -> Iterator[tuple[subprocess.Popen[by
     log = directory / "api.log"
     env = {**os.environ, "PATCHWORK_SETTINGS_FILE": str(path)}
     with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "orchestrator.main_api"], env=env, stderr=output)
+        process = subprocess.Popen([sys.executable, "-m", "orchestrator.api.server"], env=env, stderr=output)
     try:
         yield process, f"http://127.0.0.1:{port}", log
     finally:
@@ -92,6 +92,6 @@ def test_the_process_serves_and_ends_with_a_stream_open(db: Database, tmp_path: 
 
 
 def test_importing_the_api_pulls_in_neither_torch_nor_ray() -> None:
-    code = "import sys, orchestrator.main_api; print([m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules])"
+    code = "import sys, orchestrator.api.server; print([m for m in ('torch', 'ray', 'deepspeed') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"

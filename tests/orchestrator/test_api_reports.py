@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 from configs.states import AttemptState, Desired, JobState
 from configs.wire import ClaimRequest, Heartbeat, MetricPoint, ReportBatch, WorkerEvent
 from orchestrator.api.middleware import MAX_REPORT_BYTES
-from orchestrator.db import Database
-from orchestrator.tables import AttemptRow, EventRow, JobRow, MetricRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import AttemptRow, EventRow, JobRow, MetricRow
 from tests.orchestrator.rows import T0, add_attempt, move, submit
 
 Headers = dict[str, str]

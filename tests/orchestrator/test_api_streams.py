@@ -16,13 +16,13 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from configs.states import AttemptState, JobState
-from orchestrator.auth import Actor
-from orchestrator.db import Database
-from orchestrator.events import record
-from orchestrator.problems import TooManyStreams, Unauthorized
-from orchestrator.store import StoreUnavailable
-from orchestrator.streams import Batch, EventStream, Item, StreamLimit
-from orchestrator.tables import AttemptRow
+from orchestrator.services.auth import Actor
+from orchestrator.services.problems import TooManyStreams, Unauthorized
+from orchestrator.services.streams import Batch, EventStream, Item, StreamLimit
+from orchestrator.storage.db import Database
+from orchestrator.storage.events import record
+from orchestrator.storage.store import StoreUnavailable
+from orchestrator.storage.tables import AttemptRow
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.conftest import ADMIN_TOKEN
 from tests.orchestrator.rows import T0, add_attempt, add_log_chunk, move, submit

@@ -15,12 +15,12 @@ import pytest
 
 from configs.ids import attempt_id
 from configs.states import JobState
-from orchestrator.controller import Controller
-from orchestrator.db import Database
-from orchestrator.launcher import LaunchState
-from orchestrator.reconciler import utc_now
+from orchestrator.control.controller import Controller
+from orchestrator.control.launcher import LaunchState
+from orchestrator.control.reconciler import utc_now
 from orchestrator.settings import Settings
-from orchestrator.tables import ClusterRow, JobRow, LeaseRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import ClusterRow, JobRow, LeaseRow
 from tests.factories import add_job
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.memory_store import MemoryStore
@@ -118,7 +118,7 @@ def test_the_process_starts_degraded_and_leaves_on_sigterm(database_url: str, tm
         "PYTHONPATH": str(REPOSITORY),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.controller"], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "orchestrator.control.controller"], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stderr is not None

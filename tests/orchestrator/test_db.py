@@ -10,8 +10,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import func, inspect, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError, StatementError
 
-from orchestrator.db import Database, is_unavailable, upsert
-from orchestrator.tables import Base, ClusterRow, EventRow, MetricRow
+from orchestrator.storage.db import Database, is_unavailable, upsert
+from orchestrator.storage.tables import Base, ClusterRow, EventRow, MetricRow
 
 pytestmark = pytest.mark.db
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)

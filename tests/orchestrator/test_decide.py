@@ -7,7 +7,7 @@ import pytest
 
 from configs.reasons import EXIT_REASONS, ExitReason, QueueReason
 from configs.states import AttemptState, Desired, JobState
-from orchestrator.decide import (
+from orchestrator.control.decide import (
     EXIT_LINGER_S,
     HANG_MARGIN_S,
     KILL_AGAIN_S,
@@ -25,10 +25,10 @@ from orchestrator.decide import (
     Wait,
     decide,
 )
-from orchestrator.launcher import JobStatus, LaunchState
-from orchestrator.retries import Ended, Policy, backoff_s, follow
+from orchestrator.control.launcher import JobStatus, LaunchState
+from orchestrator.control.retries import Ended, Policy, backoff_s, follow
+from orchestrator.control.transitions import successors
 from orchestrator.settings import Settings
-from orchestrator.transitions import successors
 from tests.factories import NOW, make_attempt, make_exit, make_job
 
 SETTINGS = Settings(

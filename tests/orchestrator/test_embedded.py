@@ -246,7 +246,7 @@ def test_up_serves_heals_refuses_a_second_and_goes_down_without_a_trace(short_di
         assert json.loads(cluster.stdout)["cluster"]["reachable"] is True, cluster.stderr
         assert patchwork(short_dir, "list").stdout.strip() == "No jobs."
 
-        api = next(p for p in below if "orchestrator.main_api" in p.cmdline() and p.ppid() != run.pid)
+        api = next(p for p in below if "orchestrator.api.server" in p.cmdline() and p.ppid() != run.pid)
         api.kill()
         eventually(lambda: not alive(api.pid))
         eventually(lambda: patchwork(short_dir, "cluster").returncode == 0, timeout_s=60.0)

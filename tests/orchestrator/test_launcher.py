@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from configs.ids import attempt_id, new_job_id
+from orchestrator.control.launcher import LaunchState, Refused, Unreachable
+from orchestrator.control.ray_rest import RayLauncher
 from orchestrator.embedded.ports import free_ports
 from orchestrator.embedded.ray_head import RayHead
-from orchestrator.launcher import LaunchState, Refused, Unreachable
-from orchestrator.ray_rest import RayLauncher
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCHED = "python -m tests.orchestrator.launched"

@@ -7,8 +7,7 @@ from datetime import timedelta
 import pytest
 
 from configs.states import Desired, JobState
-from orchestrator.db import Database
-from orchestrator.leases import (
+from orchestrator.control.leases import (
     Claim,
     LeaseLost,
     claim_due,
@@ -18,7 +17,8 @@ from orchestrator.leases import (
     release,
     renew,
 )
-from orchestrator.tables import JobRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import JobRow
 from tests.factories import NOW, add_job
 
 pytestmark = pytest.mark.db

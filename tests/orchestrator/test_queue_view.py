@@ -7,11 +7,11 @@ from sqlalchemy import select
 
 from configs.reasons import QueueReason
 from configs.states import AttemptState, Desired, JobState
-from orchestrator.db import Database
-from orchestrator.launcher import ClusterStatus, NodeInfo
-from orchestrator.queue_view import beat, load_view, needs, schedule_queue, store_cluster
-from orchestrator.scheduling import Reservation, Worker
-from orchestrator.tables import ClusterRow, EventRow, JobRow
+from orchestrator.control.launcher import ClusterStatus, NodeInfo
+from orchestrator.control.queue_view import beat, load_view, needs, schedule_queue, store_cluster
+from orchestrator.control.scheduling import Reservation, Worker
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import ClusterRow, EventRow, JobRow
 from tests.factories import NOW, add_job, make_attempt, make_job, make_spec
 
 pytestmark = pytest.mark.db

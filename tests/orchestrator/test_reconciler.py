@@ -14,13 +14,13 @@ from configs.layout import attempt_key, checkpoint_prefix
 from configs.reasons import ExitReason, QueueReason
 from configs.states import AttemptState, Desired, JobState
 from configs.wire import AttemptFile, ParentCut
-from orchestrator.db import Database
-from orchestrator.launcher import LaunchState, NodeInfo
-from orchestrator.leases import claim_due
-from orchestrator.queue_view import schedule_queue, store_cluster
-from orchestrator.reconciler import Reconciler
+from orchestrator.control.launcher import LaunchState, NodeInfo
+from orchestrator.control.leases import claim_due
+from orchestrator.control.queue_view import schedule_queue, store_cluster
+from orchestrator.control.reconciler import Reconciler
 from orchestrator.settings import Settings
-from orchestrator.tables import AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
 from tests.factories import add_job, make_spec, put_checkpoint, put_exit
 from tests.fakes.clock import FakeClock
 from tests.fakes.launcher import FakeLauncher

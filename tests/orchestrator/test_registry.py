@@ -9,8 +9,8 @@ from configs.ids import attempt_id, checkpoint_id, new_job_id
 from configs.layout import attempt_key, checkpoint_prefix, manifest_key
 from configs.states import AttemptState, JobState
 from configs.wire import AttemptFile, ParentCut
-from orchestrator.db import Database
-from orchestrator.registry import (
+from orchestrator.storage.db import Database
+from orchestrator.storage.registry import (
     Keep,
     apply_retention,
     best_checkpoint,
@@ -22,8 +22,8 @@ from orchestrator.registry import (
     superfluous,
     sweep,
 )
-from orchestrator.store import StoreUnavailable
-from orchestrator.tables import CheckpointRow, EventRow, JobRow
+from orchestrator.storage.store import StoreUnavailable
+from orchestrator.storage.tables import CheckpointRow, EventRow, JobRow
 from tests.factories import NOW, add_job, make_attempt, make_spec, put_checkpoint
 from tests.fakes.memory_store import MemoryStore
 

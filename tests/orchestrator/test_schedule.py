@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.reasons import QueueReason
-from orchestrator.launcher import NodeInfo
-from orchestrator.scheduling import (
+from orchestrator.control.launcher import NodeInfo
+from orchestrator.control.scheduling import (
     ClusterView,
     Reservation,
     Start,

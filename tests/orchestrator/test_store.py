@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.embedded.object_store import ObjectStoreServer
 from orchestrator.embedded.ports import free_ports
-from orchestrator.store import (
+from orchestrator.storage.store import (
     CHUNK_BYTES,
     AlreadyExists,
     NotFound,

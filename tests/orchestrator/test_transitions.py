@@ -8,10 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from configs.states import Desired, JobState
-from orchestrator.db import Database
-from orchestrator.events import record
-from orchestrator.tables import EventRow, JobRow
-from orchestrator.transitions import (
+from orchestrator.control.transitions import (
     TRANSITIONS,
     IllegalTransition,
     JobEvent,
@@ -20,6 +17,9 @@ from orchestrator.transitions import (
     successors,
     transition,
 )
+from orchestrator.storage.db import Database
+from orchestrator.storage.events import record
+from orchestrator.storage.tables import EventRow, JobRow
 from tests.factories import NOW, add_job, make_job
 
 LEGAL = {(origin, to) for (origin, _), to in TRANSITIONS.items()}

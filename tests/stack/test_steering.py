@@ -58,7 +58,9 @@ def test_logs_events_and_metrics_outlive_the_workers(client: Client) -> None:
     types = [event.type for event in client.jobs.events(job.id)]
     assert types[0] == "job.queued"
     names = client.jobs.metrics(job.id).names
-    assert {"train/loss", "train/lr", "train/grad_norm", "perf/images_per_s", "perf/mfu", "perf/data_wait"} <= set(names)
+    assert {"train/loss", "train/lr", "train/grad_norm", "perf/images_per_s", "perf/mfu", "perf/data_wait"} <= set(
+        names
+    )
     assert {"perf/step_time_s/rank-00000", "perf/step_time_s/rank-00001"} <= set(names)
     followed = list(client.jobs.follow_events(job.id))
     assert [event.type for event in followed] == types

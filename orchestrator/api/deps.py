@@ -1,0 +1,157 @@
+"""What routes ask for, as annotated aliases: services, actors by role, raw bodies, ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Header, Path, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, StringConstraints, ValidationError
+
+from configs.errors import SpecError, to_pointer
+from configs.load import parse_text
+from orchestrator.schemas import ProblemError
+from orchestrator.services.auth import Actor, authenticate, check_worker_secret, require
+from orchestrator.services.problems import Invalid, field_error
+from orchestrator.services.streams import StreamLimit
+from orchestrator.settings import Settings
+from orchestrator.storage.db import Database
+from orchestrator.storage.store import ObjectStore
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the API works with."""
+
+    settings: Settings
+    db: Database
+    store: ObjectStore
+    streams: StreamLimit
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+# The schemes are for OpenAPI; the header itself is read as it came, so that every mistake gets our own answer.
+_user_scheme = HTTPBearer(scheme_name="token", description="A token made with POST /v1/tokens.", auto_error=False)
+_worker_scheme = HTTPBearer(scheme_name="worker_secret", description="Drivers only.", auto_error=False)
+
+
+def _actor(
+    request: Request,
+    services: ServicesDep,
+    _: Annotated[HTTPAuthorizationCredentials | None, Depends(_user_scheme)],
+) -> Actor:
+    with services.db.reader() as session:
+        return authenticate(session, request.headers.get("authorization"), datetime.now(UTC))
+
+
+ActorDep = Annotated[Actor, Depends(_actor)]
+
+
+def _viewer(actor: ActorDep) -> Actor:
+    return require(actor, "viewer")
+
+
+def _member(actor: ActorDep) -> Actor:
+    return require(actor, "member")
+
+
+def _admin(actor: ActorDep) -> Actor:
+    return require(actor, "admin")
+
+
+def _driver(
+    request: Request,
+    services: ServicesDep,
+    _: Annotated[HTTPAuthorizationCredentials | None, Depends(_worker_scheme)],
+) -> None:
+    check_worker_secret(services.settings, request.headers.get("authorization"))
+
+
+Viewer = Annotated[Actor, Depends(_viewer)]
+Member = Annotated[Actor, Depends(_member)]
+Admin = Annotated[Actor, Depends(_admin)]
+DriverOnly = Depends(_driver)
+
+
+async def _raw_body(request: Request) -> bytes:
+    return await request.body()
+
+
+RawBody = Annotated[bytes, Depends(_raw_body)]
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def json_body(model: type[_Model]) -> Callable[[bytes], _Model]:
+    """A dependency that reads the body as `model`: duplicate keys, deep nesting and NaN are refused here too.
+
+    Raises (when called):
+        Invalid: with a pointer for every field that is wrong.
+    """
+
+    def parse(body: RawBody) -> _Model:
+        try:
+            return model.model_validate(parse_text(body))
+        except ValidationError as error:
+            raise Invalid("The body is not valid: see errors.", errors=_field_errors(error)) from None
+        except SpecError as error:
+            errors = [field_error(e.pointer, e.message, e.value, e.allowed) for e in error.errors]
+            raise Invalid("The body is not valid: see errors.", errors=errors) from None
+
+    return parse
+
+
+def wire_body(model: type[_Model]) -> Callable[[bytes], _Model]:
+    """A dependency that reads the body as a wire model of ours, fast: it may hold thousands of points.
+
+    Raises (when called):
+        Invalid: with a pointer for every field that is wrong.
+    """
+
+    def parse(body: RawBody) -> _Model:
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            raise Invalid("The body is not valid: see errors.", errors=_field_errors(error)[:100]) from None
+
+    return parse
+
+
+def _field_errors(error: ValidationError) -> list[ProblemError]:
+    return [
+        field_error(to_pointer(e["loc"]), e["msg"], e.get("input"))
+        for e in error.errors(include_url=False, include_context=False)
+    ]
+
+
+def body_schema(
+    model: type[BaseModel], *, yaml: bool = False, examples: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """OpenAPI of a body that the route reads itself."""
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    types = {"application/json": content}
+    if yaml:
+        types["application/yaml"] = {"schema": {"type": "string", "description": "A job file, as it is."}}
+    return {"requestBody": {"required": True, "content": types}}
+
+
+PrintableText = Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+JobId = Annotated[str, Path(description="job_…")]
+CheckpointId = Annotated[str, Path(description="ckpt_…")]
+Limit = Annotated[int, Query(ge=1, le=200, description="Items on a page.")]
+Cursor = Annotated[str | None, Query(max_length=4096, description="next_cursor of the page before.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$", description="Makes a repeated request safe."),
+]

@@ -1,0 +1,97 @@
+"""Who is asking: bearer tokens (256 random bits, stored as SHA-256 only), roles, and the drivers' shared secret."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from datetime import datetime
+from typing import get_args
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from orchestrator.schemas import Role
+from orchestrator.services.problems import Forbidden, Unauthorized
+from orchestrator.settings import Settings
+from orchestrator.storage.tables import TokenRow
+
+TOKEN_PREFIX = "pw_"
+_RANK = {role: rank for rank, role in enumerate(get_args(Role))}
+_LONGEST_TOKEN = 512
+
+
+@dataclass(frozen=True)
+class Actor:
+    """The holder of a token. Its name is written beside every change it makes."""
+
+    token_id: str
+    name: str
+    role: str
+
+
+def new_token() -> str:
+    """A fresh secret: `pw_` and 256 random bits."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(32)
+
+
+def token_hash(token: str) -> str:
+    """What is stored of a token. A plain hash is enough: there is nothing to guess in 256 random bits."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def bearer(authorization: str | None) -> str:
+    """The token in an Authorization header.
+
+    Raises:
+        Unauthorized: there is none.
+    """
+    scheme, _, token = (authorization or "").partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token or len(token) > _LONGEST_TOKEN:
+        raise Unauthorized("This needs a token.")
+    return token
+
+
+def authenticate(session: Session, authorization: str | None, now: datetime) -> Actor:
+    """The actor whose token the header holds.
+
+    Raises:
+        Unauthorized: no token, or it is unknown, revoked or expired.
+    """
+    digest = token_hash(bearer(authorization))
+    row = session.scalar(select(TokenRow).where(TokenRow.sha256 == digest))
+    if row is None or not hmac.compare_digest(row.sha256, digest):
+        raise Unauthorized("This token is not known here.")
+    if row.revoked_at is not None:
+        raise Unauthorized(f"This token ({row.id}) was revoked.")
+    if row.expires_at is not None and row.expires_at <= now:
+        raise Unauthorized(f"This token ({row.id}) expired at {row.expires_at.isoformat()}.")
+    return Actor(token_id=row.id, name=row.name, role=row.role)
+
+
+def require(actor: Actor, role: Role) -> Actor:
+    """The actor, if its role is at least `role`.
+
+    Raises:
+        Forbidden: it is not.
+    """
+    if _RANK.get(actor.role, -1) < _RANK[role]:
+        raise Forbidden(
+            f"This needs the role {role}; the token {actor.token_id} has the role {actor.role}.",
+            hint="Ask an administrator for a token with that role (patchwork tokens add).",
+        )
+    return actor
+
+
+def check_worker_secret(settings: Settings, authorization: str | None) -> None:
+    """Let drivers in that know the worker secret; with no secret configured, nobody.
+
+    Raises:
+        Unauthorized: it is missing or wrong.
+    """
+    given = bearer(authorization).encode("utf-8", "surrogateescape")
+    expected = settings.worker_secret.get_secret_value().encode()
+    if not expected or not hmac.compare_digest(given, expected):
+        raise Unauthorized("This is for drivers only: wrong worker secret.")

@@ -1,0 +1,207 @@
+"""Jobs as users see and steer them: get, list, cancel, pause, resume. (Submitting and retrying: `submission`.)
+
+Users write `desired` only; the reconciler turns it into a state.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Select, and_, or_, select
+from sqlalchemy.orm import Session
+
+from configs.ids import JOB_ID
+from configs.states import Desired, JobState
+from orchestrator.control.queue_view import load_view
+from orchestrator.control.scheduling import Start, Wait, schedule
+from orchestrator.control.transitions import allowed_actions
+from orchestrator.schemas import JobPage, JobPublic, QueuePublic
+from orchestrator.services.auth import Actor
+from orchestrator.services.problems import Invalid, NotFound, PreconditionFailed, WrongState, field_error
+from orchestrator.services.public import etag, job_public
+from orchestrator.storage.db import Database
+from orchestrator.storage.events import lock_job, record
+from orchestrator.storage.tables import AttemptRow, JobRow
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs to list. An empty field does not filter."""
+
+    states: tuple[str, ...] = ()
+    kind: str | None = None
+    project: str | None = None
+    name: str | None = None
+    """A part of the name, in any case."""
+    labels: tuple[str, ...] = ()
+    """Each `key=value`."""
+
+
+def find_job(session: Session, job_id: str) -> JobRow:
+    """The job's row.
+
+    Raises:
+        NotFound: there is no such job.
+    """
+    row = session.get(JobRow, job_id) if JOB_ID.match(job_id) else None
+    if row is None:
+        raise NotFound(f"There is no job {job_id!r}.", hint="`patchwork list` shows the jobs there are.")
+    return row
+
+
+def get_job(db: Database, job_id: str) -> JobPublic:
+    """Raises NotFound."""
+    with db.reader() as session:
+        return publish(session, [find_job(session, job_id)])[0]
+
+
+def list_jobs(db: Database, wanted: JobFilter, limit: int, cursor: str | None) -> JobPage:
+    """A page of jobs, the newest first.
+
+    Raises:
+        Invalid: the cursor or a label filter is malformed.
+    """
+    query = _filtered(wanted).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit + 1)
+    if cursor is not None:
+        created_at, job_id = _parse_cursor(cursor)
+        query = query.where(
+            or_(JobRow.created_at < created_at, and_(JobRow.created_at == created_at, JobRow.id < job_id))
+        )
+    with db.reader() as session:
+        rows: list[JobRow] = list(session.scalars(query))
+        items = publish(session, rows[:limit])
+    more = len(rows) > limit
+    return JobPage(items=tuple(items), next_cursor=_cursor(rows[limit - 1]) if more else None)
+
+
+def cancel_job(db: Database, actor: Actor, job_id: str, if_match: str | None = None) -> JobPublic:
+    """Ask for the job's end; asking again changes nothing.
+
+    Raises:
+        NotFound, PreconditionFailed, WrongState: it has ended.
+    """
+    return _desire(db, actor, job_id, Desired.STOP, "cancel", if_match)
+
+
+def pause_job(db: Database, actor: Actor, job_id: str, if_match: str | None = None) -> JobPublic:
+    """Ask the job to save a checkpoint and leave its workers until it is resumed.
+
+    Raises:
+        NotFound, PreconditionFailed, WrongState: it cannot be paused now.
+    """
+    return _desire(db, actor, job_id, Desired.PAUSE, "pause", if_match)
+
+
+def resume_job(db: Database, actor: Actor, job_id: str, if_match: str | None = None) -> JobPublic:
+    """Let a paused job back into the queue.
+
+    Raises:
+        NotFound, PreconditionFailed, WrongState: it is not paused.
+    """
+    return _desire(db, actor, job_id, Desired.RUN, "resume", if_match)
+
+
+def check_action(row: JobRow, action: str) -> None:
+    """Raises WrongState, with the job's state and what is allowed in it."""
+    allowed = allowed_actions(row)
+    if action not in allowed:
+        raise WrongState(
+            f"The job is {row.state} ({row.desired} is desired): it cannot {action} now.",
+            hint=f"Allowed now: {', '.join(allowed) or 'nothing'}.",
+            state=row.state,
+            allowed_actions=allowed,
+        )
+
+
+def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
+    """Public models of `rows`, with their attempts and places in the queue."""
+    ids = [row.id for row in rows]
+    attempts: dict[str, list[AttemptRow]] = {job_id: [] for job_id in ids}
+    for attempt in session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(ids)).order_by(AttemptRow.number)):
+        attempts[attempt.job_id].append(attempt)
+    queue = _queue(session) if any(row.state == JobState.QUEUED for row in rows) else {}
+    return [job_public(row, attempts[row.id], queue.get(row.id)) for row in rows]
+
+
+_EVENTS = {
+    Desired.STOP: ("job.cancel_requested", "Cancellation was asked for"),
+    Desired.PAUSE: ("job.pause_requested", "A pause was asked for"),
+    Desired.RUN: ("job.resume_requested", "The job was resumed"),
+}
+
+
+def _desire(db: Database, actor: Actor, job_id: str, desired: Desired, action: str, if_match: str | None) -> JobPublic:
+    with db.session() as session:
+        find_job(session, job_id)
+        row = lock_job(session, job_id)
+        assert row is not None, "jobs are never deleted"
+        if if_match is not None and if_match.strip() not in ("*", etag(row)):
+            raise PreconditionFailed(
+                f"The job has changed: its ETag is {etag(row)}, If-Match says {if_match}.",
+                hint="Get the job again first.",
+            )
+        is_live = not JobState(row.state).is_terminal
+        if not (is_live and row.desired == desired and desired is not Desired.RUN):
+            check_action(row, action)
+            row.desired = desired
+            row.version += 1
+            row.next_look_at = datetime.now(UTC)
+            type_, message = _EVENTS[desired]
+            record(session, job_id, type_, message, actor.name)
+        return publish(session, [row])[0]
+
+
+def _queue(session: Session) -> dict[str, QueuePublic]:
+    """The place of every waiting job: what the scheduler would decide on what it can see now. Jobs that it has let go,
+    and those that are wanted paused or stopped, do not wait for their turn."""
+    return {decision.job_id: _place(decision) for decision in schedule(load_view(session, datetime.now(UTC)))}
+
+
+def _place(decision: Start | Wait) -> QueuePublic:
+    if isinstance(decision, Wait):
+        return QueuePublic(position=decision.position, reason=decision.reason, message=decision.message)
+    return QueuePublic(position=1, reason=None, message="There is room: it starts with the scheduler's next look.")
+
+
+def _filtered(wanted: JobFilter) -> Select[Any]:
+    query = select(JobRow)
+    if wanted.states:
+        query = query.where(JobRow.state.in_(wanted.states))
+    if wanted.kind is not None:
+        query = query.where(JobRow.kind == wanted.kind)
+    if wanted.project is not None:
+        query = query.where(JobRow.project == wanted.project)
+    if wanted.name:
+        query = query.where(JobRow.name.icontains(wanted.name, autoescape=True))
+    for label in wanted.labels:
+        key, equals, value = label.partition("=")
+        if not key or not equals or '"' in key or "\\" in key:
+            raise Invalid("The label filter is not valid.", errors=[field_error("/label", "expected key=value", label)])
+        query = query.where(JobRow.labels[key].as_string() == value)
+    return query
+
+
+def _cursor(row: JobRow) -> str:
+    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()}|{row.id}".encode()).decode()
+
+
+def _parse_cursor(cursor: str) -> tuple[datetime, str]:
+    try:
+        created_at, _, job_id = base64.b64decode(cursor, altchars=b"-_", validate=True).decode().partition("|")
+        parsed = datetime.fromisoformat(created_at)
+    except (binascii.Error, UnicodeError, ValueError):
+        raise _bad_cursor(cursor) from None
+    if parsed.tzinfo is None or not JOB_ID.match(job_id):
+        raise _bad_cursor(cursor)
+    return parsed, job_id
+
+
+def _bad_cursor(cursor: str) -> Invalid:
+    return Invalid(
+        "The cursor is not one of ours.", errors=[field_error("/cursor", "give next_cursor as it came", cursor)]
+    )

@@ -1,0 +1,319 @@
+"""From what a user sends to a job in the queue.
+
+    parse -> data set and checkpoint it names -> resolve -> plan -> one transaction: job, event, remembered answer
+
+Everything wrong with a description is said at once, and nothing is stored of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from configs.datasets import PLANNING_CARDS, card_for
+from configs.errors import FieldError, SpecError, close_matches, to_pointer
+from configs.ids import JOB_ID, new_job_id
+from configs.load import apply_overrides, parse_spec, parse_text
+from configs.plan import Plan, plan
+from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, JobSpec
+from configs.states import JobState
+from configs.wire import DatasetCard
+from orchestrator.control.transitions import enqueue
+from orchestrator.schemas import JobCreate, JobPreview
+from orchestrator.services.auth import Actor
+from orchestrator.services.idempotency import Answer, Key, claim, remember
+from orchestrator.services.jobs import check_action, find_job, publish
+from orchestrator.services.sources import find_source
+from orchestrator.storage.db import Database
+from orchestrator.storage.events import record
+from orchestrator.storage.registry import resolve_ref
+from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow
+
+_Found = TypeVar("_Found")
+_UNDECIDED = "ckpt_undecided"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the client sent: well-formed, not yet checked."""
+
+    spec: dict[str, Any]
+    overrides: dict[str, Any]
+    gpu: str | None = None
+
+    @property
+    def submitted(self) -> dict[str, Any]:
+        return {"spec": self.spec, "overrides": self.overrides}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job description with everything known of it before it is queued."""
+
+    spec: JobSpec
+    dataset: DatasetCard | None
+    init_from: str | None
+    """A checkpoint id, or job_…/best while that job is still to leave one."""
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The answer to a submission, new or replayed."""
+
+    job_id: str
+    answer: Answer
+    replayed: bool
+
+
+def parse_request(body: bytes, *, is_yaml: bool, model: type[JobCreate] = JobCreate) -> Request:
+    """A request body with the fields of `model`, or, as YAML, a job file as it is.
+
+    Raises:
+        SpecError: it is neither.
+    """
+    raw = parse_text(body)
+    if is_yaml and "spec" not in raw:
+        return Request(raw, {})
+    fields = tuple(model.model_fields)
+    faults = [
+        FieldError(
+            to_pointer([key]), f"unknown field {key!r}.{close_matches(key, fields)}", raw[key], ", ".join(fields)
+        )
+        for key in raw
+        if key not in fields
+    ]
+    spec, overrides, gpu = raw.get("spec"), raw.get("overrides", {}), raw.get("gpu")
+    if not isinstance(spec, dict):
+        faults.append(FieldError("/spec", "expected the job description, a mapping", spec, "a mapping"))
+    if not isinstance(overrides, dict):
+        faults.append(FieldError("/overrides", "expected a mapping of dotted keys", overrides, "a mapping"))
+    if not (gpu is None or isinstance(gpu, str)):
+        faults.append(FieldError("/gpu", "expected a GPU and a count", gpu, "text such as H100:8"))
+    if faults:
+        raise SpecError(faults)
+    assert isinstance(spec, dict)
+    assert isinstance(overrides, dict)
+    return Request(spec, overrides, gpu)
+
+
+def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) -> Submitted:
+    """Queue a job, once per Idempotency-Key.
+
+    Raises:
+        SpecError: the description is not valid.
+        KeyReused: the key was used for another request.
+    """
+    with db.session() as session:
+        earlier = claim(session, key)
+        if earlier is not None:
+            return _replayed(earlier)
+        row = _row(request, prepare(session, request, hold=True))
+        return _insert(session, actor, row, key)
+
+
+def preview_job(db: Database, request: Request) -> JobPreview:
+    """What `submit_job` would store. Raises SpecError."""
+    with db.reader() as session:
+        prepared = prepare(session, request, hold=False)
+    stored = canonical_json(prepared.spec)
+    return JobPreview(
+        kind=prepared.spec.kind,
+        name=prepared.spec.name,
+        project=prepared.spec.queue.project,
+        spec=json.loads(stored),
+        spec_hash=spec_hash(stored),
+        plan=prepared.plan.model_dump(mode="json"),
+    )
+
+
+def plan_job(db: Database, request: Request) -> Plan:
+    """The plan of a job description. Data that is not here and a checkpoint that does not exist yet can be planned
+    with, as long as they decide nothing.
+
+    Raises:
+        SpecError: with a pointer for every fault.
+    """
+    with db.reader() as session:
+        spec, card, source, _ = _look_up(session, request, for_plan=True, hold=False)
+    return plan(spec, card, request.gpu, source)
+
+
+def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | None) -> Submitted:
+    """Queue a copy of a job that failed or was cancelled. With `resume` it continues from the old job's last
+    checkpoint, if it left one; else it starts over.
+
+    Raises:
+        NotFound: there is no such job.
+        WrongState: it did not fail and was not cancelled.
+        SpecError: the checkpoint it started from is gone.
+        KeyReused: the key was used for another request.
+    """
+    with db.session() as session:
+        earlier = claim(session, key)
+        if earlier is not None:
+            return _replayed(earlier)
+        old = find_job(session, job_id)
+        check_action(old, "retry")
+        checkpoint = resolve_ref(session, f"{job_id}/latest", hold=True) if resume else None
+        if old.init_from is not None and checkpoint is None and "/" not in old.init_from:
+            _require(session, old.init_from)
+        row = _copy(old, checkpoint)
+        submitted = _insert(session, actor, row, key)
+        how = f"from step {checkpoint.step}" if checkpoint is not None else "from the start"
+        record(session, job_id, "job.retried", f"Retried as {row.id}, {how}", actor.name, data={"job_id": row.id})
+        return submitted
+
+
+def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:
+    """Check, resolve and plan a job description against the data sets and checkpoints there are. With `hold` the
+    checkpoint it starts from stays until this transaction ends.
+
+    Raises:
+        SpecError: with a pointer for every fault.
+    """
+    spec, card, source, init_from = _look_up(session, request, for_plan=False, hold=hold)
+    return Prepared(resolve(spec, card, source), card, init_from, plan(spec, card, None, source))
+
+
+def registered_datasets(session: Session) -> dict[str, DatasetCard]:
+    """Cards of the folders that were registered, by name."""
+    return {row.name: DatasetCard.model_validate(row.card) for row in session.scalars(select(DatasetRow))}
+
+
+# -- what a description refers to --------------------------------------------------------------------------------------
+def _look_up(
+    session: Session, request: Request, *, for_plan: bool, hold: bool
+) -> tuple[JobSpec, DatasetCard | None, SourceCheckpoint | None, str | None]:
+    """The parsed spec with its data set's card, the checkpoint it starts from, and how that is stored."""
+    spec = _parse(request, for_plan=for_plan)
+    faults: list[FieldError] = []
+    source, init_from = None, None
+    if isinstance(spec, FinetuneJob | EvaluateJob | ExportJob):
+        reference = spec.init_from
+        unneeded = for_plan and isinstance(spec, FinetuneJob) and spec.model.has_sizes
+        found = _collect(
+            [] if unneeded else faults, lambda: find_source(session, reference, spec.queue.depends_on, hold=hold)
+        )
+        source, init_from = found or (None, None)
+    known: Mapping[str, DatasetCard] = registered_datasets(session)
+    if for_plan:
+        known = {**PLANNING_CARDS, **known}
+    data = data_of(spec, source)
+    card = None if data is None else _collect(faults, lambda: card_for(data.source, known))
+    _collect(faults, lambda: _check_dependencies(session, spec))
+    if faults:
+        raise SpecError(faults)
+    return spec, card, source, init_from
+
+
+def _parse(request: Request, *, for_plan: bool) -> JobSpec:
+    raw = apply_overrides(request.spec, request.overrides)
+    try:
+        return parse_spec(raw)
+    except SpecError as error:
+        if not for_plan or "init_from" in raw or [fault.pointer for fault in error.errors] != ["/init_from"]:
+            raise
+        # To plan a fine-tune that says its own sizes, the checkpoint need not be chosen yet.
+        spec = parse_spec({**raw, "init_from": _UNDECIDED})
+        if isinstance(spec, FinetuneJob) and spec.model.has_sizes:
+            return spec
+        raise
+
+
+def _collect(faults: list[FieldError], step: Callable[[], _Found]) -> _Found | None:
+    """The result of `step`; what it finds wrong is added to `faults` instead of being raised."""
+    try:
+        return step()
+    except SpecError as error:
+        faults.extend(error.errors)
+        return None
+
+
+def _check_dependencies(session: Session, spec: JobSpec) -> None:
+    faults = []
+    for index, job_id in enumerate(spec.queue.depends_on):
+        row = session.get(JobRow, job_id) if JOB_ID.match(job_id) else None
+        if row is None:
+            message = f"there is no job {job_id!r}"
+        elif row.state in (JobState.FAILED, JobState.CANCELLED):
+            message = f"job {job_id} has {row.state.lower()}: this one could never start"
+        else:
+            continue
+        faults.append(FieldError(f"/queue/depends_on/{index}", message, job_id, "a job that has not failed"))
+    if faults:
+        raise SpecError(faults)
+
+
+def _require(session: Session, checkpoint_id: str) -> None:
+    if resolve_ref(session, checkpoint_id, hold=True) is None:
+        raise SpecError.at("/init_from", f"checkpoint {checkpoint_id} was deleted", checkpoint_id)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+def _row(request: Request, prepared: Prepared) -> JobRow:
+    spec, card = prepared.spec, prepared.dataset
+    stored = canonical_json(spec)
+    return JobRow(
+        id=new_job_id(),
+        kind=spec.kind,
+        name=spec.name,
+        project=spec.queue.project,
+        labels=dict(spec.labels),
+        submitted=request.submitted,
+        spec_json=stored,
+        spec_hash=spec_hash(stored),
+        training_fingerprint=training_fingerprint(spec, card.fingerprint if card is not None else ""),
+        dataset=card.model_dump(mode="json") if card is not None else None,
+        init_from=prepared.init_from,
+        plan=prepared.plan.model_dump(mode="json"),
+        priority=spec.queue.priority,
+        total_steps=None if isinstance(spec, EvaluateJob | ExportJob) else spec.schedule.total_steps,
+    )
+
+
+_COPIED = (
+    "kind",
+    "name",
+    "project",
+    "labels",
+    "submitted",
+    "spec_json",
+    "spec_hash",
+    "training_fingerprint",
+    "dataset",
+    "init_from",
+    "plan",
+    "priority",
+    "total_steps",
+)
+
+
+def _copy(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
+    return JobRow(
+        id=new_job_id(),
+        retry_of=old.id,
+        resume_from=checkpoint.id if checkpoint is not None else None,
+        step=checkpoint.step if checkpoint is not None else 0,
+        **{field: getattr(old, field) for field in _COPIED},
+    )
+
+
+def _insert(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
+    row.created_by = actor.name
+    enqueue(session, row, actor=actor.name, at=datetime.now(UTC))
+    public = publish(session, [row])[0]
+    answer = Answer(201, public.model_dump_json().encode())
+    remember(session, key, answer)
+    return Submitted(row.id, answer, replayed=False)
+
+
+def _replayed(answer: Answer) -> Submitted:
+    return Submitted(json.loads(answer.body)["id"], answer, replayed=True)

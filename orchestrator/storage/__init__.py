@@ -1,0 +1,1 @@
+"""What outlives every process: the database's tables and migrations, the object store, the registry of checkpoints."""

@@ -1,0 +1,151 @@
+"""The database connection: SQLite (WAL, synchronous=FULL) or PostgreSQL, the same statements on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, TimeoutError
+from sqlalchemy.orm import Session
+
+from orchestrator.storage.tables import Base
+
+SQLITE_BUSY_TIMEOUT_S = 10
+MIGRATIONS = Path(__file__).parent / "migrations"
+_UPGRADE_LOCK = 0x7061746368  # any constant: two processes that start together take turns
+_MAX_BOUND_VALUES = 20_000  # SQLite allows 32,766 per statement, PostgreSQL 65,535
+
+
+class Database:
+    """Engine and sessions of one database. Sessions are short: no network call happens inside one."""
+
+    def __init__(self, url: str) -> None:
+        self.url = make_url(url)
+        self.engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session that may write: committed at the end of the block, rolled back if it raises.
+
+        On SQLite it holds the write lock from its first statement (BEGIN IMMEDIATE), so that a transaction which reads
+        before it writes never fails half-way with SQLITE_BUSY_SNAPSHOT.
+        """
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reader(self) -> Iterator[Session]:
+        """A session that only reads: one snapshot on SQLite, never waiting for a writer. Nothing is committed."""
+        engine = self.engine.execution_options(patchwork_read_only=True)
+        with Session(engine, expire_on_commit=False, autoflush=False) as session:
+            yield session
+
+    def upgrade(self) -> None:
+        """Create or migrate the schema to the newest revision. Safe to call by several processes at once."""
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        with self.engine.begin() as connection:
+            if not self.is_sqlite:  # SQLite: BEGIN IMMEDIATE already keeps the others out
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def upsert(
+    session: Session,
+    row: type[Base],
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    update: Sequence[str] | None = None,
+) -> None:
+    """Insert `rows`; where one with the same `keys` exists, overwrite `update` (left out: every other given column).
+
+    `keys` must be the primary key or a unique constraint. Of rows with equal keys the last wins. All rows give the
+    same columns.
+    """
+    unique = list({tuple(values[k] for k in keys): dict(values) for values in rows}.values())
+    if not unique:
+        return
+    changed = [name for name in unique[0] if name not in keys] if update is None else list(update)
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    size = max(1, _MAX_BOUND_VALUES // (len(unique[0]) + 8))
+    for start in range(0, len(unique), size):
+        statement = insert(row).values(unique[start : start + size])
+        if changed:
+            statement = statement.on_conflict_do_update(
+                index_elements=list(keys), set_={name: statement.excluded[name] for name in changed}
+            )
+        else:
+            statement = statement.on_conflict_do_nothing(index_elements=list(keys))
+        session.execute(statement)
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether `error` says that the database is busy or away (try again), rather than that a statement is wrong."""
+    if isinstance(error, TimeoutError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    message = str(error.orig)
+    return error.connection_invalidated or any(words in message for words in _UNAVAILABLE)
+
+
+_UNAVAILABLE = (
+    "database is locked",
+    "database table is locked",
+    "disk is full",
+    "connection failed",
+    "could not connect",
+    "deadlock detected",
+    "lock timeout",
+    "the database system is",
+    "too many clients",
+    "remaining connection slots",
+)
+
+
+def _sqlite_engine(url: str) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:
+        # The driver must not begin transactions by itself: see _begin.
+        connection.isolation_level = None
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            f"busy_timeout={SQLITE_BUSY_TIMEOUT_S * 1000}",
+        ):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        read_only = connection.get_execution_options().get("patchwork_read_only", False)
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgresql_engine(url: str) -> Engine:
+    return create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=20,
+        pool_timeout=10,
+        connect_args={"connect_timeout": 5, "options": "-c timezone=UTC -c lock_timeout=20000"},
+    )
