@@ -36,8 +36,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--download", choices=("auto", "never"), default="never")
     parser.add_argument("--model", type=Path)
     given = parser.parse_args(arguments)
-    # So small products only lose by being divided among threads.
-    torch.set_num_threads(1)
     try:
         if given.what == "images":
             result = {split: len(_read(split, given.data_root, given.download)[1]) for split in ("train", "test")}
@@ -105,4 +103,6 @@ def _read(split: str, data_root: Path, download: Any = "never") -> tuple[Tensor,
 
 
 if __name__ == "__main__":
+    # Products this small only lose by being divided among threads.
+    torch.set_num_threads(1)
     sys.exit(main(sys.argv[1:]))
