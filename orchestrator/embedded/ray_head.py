@@ -134,12 +134,13 @@ class RayHead:
         Raises:
             ProcessFailed: the head ended, was not ready in time, or answers without a token.
         """
-        assert self._process is not None, "start() first"
+        process = self._process
+        assert process is not None, "start() first"
         deadline = time.monotonic() + timeout_s
         problem = "no answer yet"
         with httpx.Client(base_url=self.address, timeout=5.0, trust_env=False) as client:
             while time.monotonic() < deadline:
-                self._process.check_alive()
+                process.check_alive()
                 try:
                     problem = self._problem(client)
                 except httpx.TransportError as error:
@@ -149,7 +150,7 @@ class RayHead:
                         raise ProcessFailed("Ray's job API answers without a token: refusing to use it")
                     return
                 time.sleep(0.1)
-        raise ProcessFailed(f"{self.name} not ready after {timeout_s:.0f} s: {problem}\n{self._process.log_tail()}")
+        raise ProcessFailed(f"{self.name} not ready after {timeout_s:.0f} s: {problem}\n{process.log_tail()}")
 
     def _problem(self, client: httpx.Client) -> str:
         """Why it cannot be used yet; empty if it can."""

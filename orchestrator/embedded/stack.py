@@ -106,20 +106,20 @@ class Stack:
         self._launch("object store", store)
         self._write_settings(port, store, ray)
         self._launch("Ray", ray)
-        with ThreadPoolExecutor(1) as pool:
-            ray_is_ready = pool.submit(
-                self._ready, "Ray", ray.wait_ready
-            )  # the longest wait: the rest goes on beside it
-            self._ready("database", self._prepare_database)
-            self._ready("object store", store.wait_ready)
-            for part, module in (("API", "orchestrator.main_api"), ("controller", "orchestrator.controller")):
-                # The API, which sees the controller's traces in the database, says when that one is ready too.
-                path = {"API": "/healthz", "controller": "/readyz"}[part]
-                log = self.dir.logs / f"{part.lower()}.log"
-                server = ServerProcess(part, module, self.dir.settings_file, log, self.url + path)
-                self._launch(part, server)
-                self._ready(part, server.wait_ready)
-            ray_is_ready.result()
+        # Ray takes longest: the rest goes on beside it. Not waited for where the rest fails; stop() ends it.
+        pool = ThreadPoolExecutor(1)
+        ray_is_ready = pool.submit(self._ready, "Ray", ray.wait_ready)
+        pool.shutdown(wait=False)
+        self._ready("database", self._prepare_database)
+        self._ready("object store", store.wait_ready)
+        for part, module in (("API", "orchestrator.api.server"), ("controller", "orchestrator.control.controller")):
+            # The API, which sees the controller's traces in the database, says when that one is ready too.
+            path = {"API": "/healthz", "controller": "/readyz"}[part]
+            log = self.dir.logs / f"{part.lower()}.log"
+            server = ServerProcess(part, module, self.dir.settings_file, log, self.url + path)
+            self._launch(part, server)
+            self._ready(part, server.wait_ready)
+        ray_is_ready.result()
         self._ready("cluster", self._wait_for_cluster)
         self.dir.write_client(self.url, self.token)
         self._write_run("ready")
