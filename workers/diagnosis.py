@@ -69,6 +69,7 @@ class Evidence:
     group_error: str = ""
     """Why the worker group as a whole failed, if it did: could not start, its controller died."""
     timed_out_start: bool = False
+    died_starting: bool = False
     forced: bool = False
     """The ranks did not leave in time and were ended."""
 
@@ -166,6 +167,8 @@ def diagnose(evidence: Evidence) -> Verdict:
         return _from_echo(failed[0])
     if evidence.timed_out_start:
         return Verdict(ExitReason.START_TIMEOUT, evidence.group_error or "The workers did not start in time.")
+    if evidence.died_starting:
+        return Verdict(ExitReason.WORKER_LOST, f"A worker was lost while starting: {evidence.group_error}")
     if evidence.group_error:
         return Verdict(ExitReason.PLATFORM_ERROR, evidence.group_error)
     return _without_failure(evidence)

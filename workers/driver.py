@@ -246,6 +246,7 @@ def _evidence(
         hang=hang,
         group_error=group_end.error,
         timed_out_start=group_end.timed_out_start,
+        died_starting=group_end.died_starting,
         forced=forced,
     )
 

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
@@ -46,6 +47,8 @@ class GroupEnd:
     failures: dict[int, ProcessFailure] = field(default_factory=dict)
     error: str = ""
     timed_out_start: bool = False
+    died_starting: bool = False
+    """A process was lost before its rank began, as on a node that Ray does not know to be dead yet."""
 
 
 class WorkerGroup(Protocol):
@@ -120,8 +123,11 @@ class RayTrainWorkerGroup:
             self._end = GroupEnd(failures={rank: _process_failure(e) for rank, e in error.worker_failures.items()})
         except ControllerError as error:
             failure = error.controller_failure
-            timed_out = isinstance(failure, WorkerGroupStartupTimeoutError)
-            self._end = GroupEnd(error=_text(failure), timed_out_start=timed_out)
+            self._end = GroupEnd(
+                error=_text(failure),
+                timed_out_start=isinstance(failure, WorkerGroupStartupTimeoutError),
+                died_starting=isinstance(failure, WorkerGroupStartupFailedError),
+            )
         except Exception as error:  # noqa: BLE001 - whatever ends the group is a finding for the diagnosis
             self._end = GroupEnd(error=_text(error))
         finally:

@@ -85,6 +85,7 @@ TABLE = {
     ),
     "fenced": (Evidence(2, ends(*DONE), (GONE,), fenced=True), ExitReason.FENCED, None),
     "never placed": (Evidence(2, group_error="no room", timed_out_start=True), ExitReason.START_TIMEOUT, None),
+    "lost while starting": (Evidence(2, group_error="node died", died_starting=True), ExitReason.WORKER_LOST, None),
     "Ray Train's own failure": (Evidence(2, group_error="ActorDiedError: controller"), ExitReason.PLATFORM_ERROR, None),
     "a rank that said nothing": (Evidence(2, ends(DONE[0])), ExitReason.PLATFORM_ERROR, None),
 }
