@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import vit
@@ -177,7 +178,6 @@ def test_exported_weights_open_in_one_line(store: DirStore, exported: dict[str, 
 
 
 def test_exported_weights_open_in_timm(store: DirStore, exported: dict[str, Result]) -> None:
-    timm = pytest.importorskip("timm")
     assert exported["timm"].outcome.reason is ExitReason.COMPLETED, exported["timm"].outcome
     folder = store.root / export_prefix(TIMM_JOB, "timm")
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io as io
 import torch
 from PIL import Image
 from torchvision import datasets
@@ -22,7 +23,7 @@ from tests.workers.image_sets import data_config, random_images, write_image
 from workers.data import open_data
 from workers.data.errors import DataError
 from workers.data.source import ImageSource
-from workers.data.torchvision_sets import DEBIAN_FASHION_MNIST, open_torchvision
+from workers.data.torchvision_sets import open_torchvision
 
 NO_DIR = Path("/nonexistent")
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "fashion-mnist"
@@ -151,7 +152,6 @@ def test_a_set_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
         open_data(data, TORCHVISION_CARDS["MNIST"], tmp_path, lambda _: b"", in_channels=1)
 
 
-@pytest.mark.skipif(not SHARED.is_dir() and not DEBIAN_FASHION_MNIST.is_dir(), reason="Fashion-MNIST is not here")
 def test_the_real_fashion_mnist() -> None:
     data = data_config(source={"type": "torchvision", "name": "FashionMNIST", "download": "never"})
     root = SHARED.parent if SHARED.is_dir() else None
@@ -216,7 +216,6 @@ def test_a_damaged_cifar_is_refused(tmp_path: Path) -> None:
 
 
 def test_flowers(tmp_path: Path) -> None:
-    io = pytest.importorskip("scipy.io")
     directory = tmp_path / "torchvision" / "flowers-102"
     for number in range(1, 9):
         write_image(directory / "jpg" / f"image_{number:05d}.jpg", np.full((10, 14, 3), 20 * number, dtype=np.uint8))
