@@ -18,6 +18,7 @@ ImageSize = Annotated[int, Field(ge=1, le=4096)]
 Head = Literal["linear", "mlp"]
 Pool = Literal["cls", "gap"]
 Gelu = Literal["tanh", "exact"]
+HeadBias = Annotated[float, Field(ge=-50.0, le=50.0)]
 PosResize = Literal["official", "bilinear", "bicubic", "bicubic_antialias", "bicubic_aligned"]
 """How position embeddings are resized to another grid (which code does what: docs/models.md):
 official = bilinear, corners aligned (google-research/vision_transformer); bilinear = timm's npz import;
@@ -76,6 +77,10 @@ class ModelConfig(Strict):
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(None, description="Left out: from the data.")
     head: Head = Field(
         "linear", description="linear: zero-initialised; mlp: one hidden layer with tanh (pre-training)."
+    )
+    head_bias_init: HeadBias = Field(
+        0.0,
+        description="The classifier's bias at the start of pre-training with the sigmoid loss (official code: -10).",
     )
     pool: Pool = "cls"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -150,6 +155,7 @@ class VitConfig(Strict):
     in_channels: Literal[1, 3] = 3
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
     head: Head = "linear"
+    head_bias_init: HeadBias = 0.0
     pool: Pool = "cls"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

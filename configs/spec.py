@@ -59,6 +59,12 @@ class _TrainingJob(_Job):
                         f"train.micro_batch_size {micro} does not divide the {batch // n} images that each of {n} "
                         f"workers takes of train.global_batch_size {batch}"
                     )
+        if self.model.head_bias_init != 0.0 and self.train.loss != "sigmoid":
+            # Added to every class alike, it changes nothing under a softmax.
+            raise ValueError(
+                f"model.head_bias_init {self.model.head_bias_init:g} applies to train.loss sigmoid only, "
+                f"train.loss is {self.train.loss}"
+            )
         channels = {1, self.model.in_channels}
         for field in ("mean", "std"):
             count = len(getattr(self.data, field))
@@ -90,6 +96,12 @@ class FinetuneJob(_TrainingJob):
 
     kind: Literal["finetune"]
     init_from: CheckpointRef
+
+    @model_validator(mode="after")
+    def _head_is_zero(self) -> Self:
+        if self.model.head_bias_init != 0.0:
+            raise ValueError("model.head_bias_init applies to pretrain jobs only: a fine-tuning head starts at zero")
+        return self
 
 
 class EvaluateJob(_Job):

@@ -201,7 +201,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter as the official code does; the head is zero, so all logits are."""
+        """Set every parameter as the official code does; the head's kernel is zero, so all logits are its bias."""
         self.patch_embed.init_weights(generator)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
@@ -214,7 +214,7 @@ class ViT(nn.Module):
             lecun_normal_(self.pre_logits.weight, generator)
             nn.init.zeros_(self.pre_logits.bias)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        nn.init.constant_(self.head.bias, self.config.head_bias_init)
 
 
 def build(config: VitConfig, seed: int = 0) -> ViT:

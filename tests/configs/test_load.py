@@ -7,6 +7,7 @@ import pytest
 
 from configs.errors import FieldError, SpecError
 from configs.load import apply_overrides, merge, parse_spec
+from configs.model import VitConfig
 from configs.spec import FinetuneJob, PretrainJob
 from tests.configs.specs import EVALUATE, FINETUNE, JOB_ID, PRETRAIN, job
 
@@ -145,6 +146,35 @@ def test_checkpoint_references_are_checked(ref: str) -> None:
 def test_init_from_is_needed(base: dict[str, Any]) -> None:
     raw = {key: value for key, value in base.items() if key != "init_from"}
     assert faults(raw)["/init_from"].message == "init_from is missing"
+
+
+@pytest.mark.parametrize("value", [-10, 0, -50.0, 50])
+def test_the_heads_bias_may_start_elsewhere_with_the_sigmoid_loss(value: float) -> None:
+    spec = job(PRETRAIN, train__loss="sigmoid", model__head_bias_init=value)
+    assert isinstance(spec, PretrainJob)
+    assert spec.model.head_bias_init == value
+
+
+@pytest.mark.parametrize(
+    ("base", "overrides", "says"),
+    [
+        (PRETRAIN, {}, "train.loss"),
+        (FINETUNE, {"train__loss": "sigmoid"}, "fine-tun"),
+        (PRETRAIN, {"train__loss": "sigmoid", "model__head_bias_init": -51}, "-50"),
+        (PRETRAIN, {"train__loss": "sigmoid", "model__head_bias_init": 50.5}, "50"),
+    ],
+)
+def test_a_start_of_the_heads_bias_that_does_not_apply_is_refused(
+    base: dict[str, Any], overrides: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        job(base, **({"model__head_bias_init": -10} | overrides))
+    assert says in str(caught.value)
+
+
+def test_models_stored_before_the_heads_bias_was_a_setting_start_at_zero() -> None:
+    sizes = PRETRAIN["model"] | {"image_size": (16, 16), "num_classes": 5}
+    assert VitConfig.model_validate(sizes).head_bias_init == 0.0
 
 
 def test_an_export_runs_on_one_worker() -> None:

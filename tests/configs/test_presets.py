@@ -84,6 +84,14 @@ def test_the_cost_in_the_header_is_the_cost_models(preset: PresetInfo) -> None:
         assert "never run by us" in preset.cost
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
+def test_the_heads_bias_starts_at_minus_ten_where_the_loss_is_sigmoid(preset: PresetInfo) -> None:
+    spec = parsed(preset)
+    assert (spec.model.head_bias_init == -10.0) == (spec.train.loss == "sigmoid")
+    is_large = preset.name.startswith(("paper/pretrain/jft300m-", "paper/pretrain/imagenet21k-"))
+    assert (spec.train.loss == "sigmoid") == is_large
+
+
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p.kind == "finetune"], ids=lambda p: p.name)
 def test_a_finetune_preset_asks_for_a_checkpoint(preset: PresetInfo) -> None:
     with pytest.raises(SpecError) as caught:

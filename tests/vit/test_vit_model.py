@@ -151,6 +151,12 @@ def test_convolution_and_pre_logits_are_lecun_normal_with_the_corrected_width(fr
         assert 0.95 * cut < kernel.abs().max() <= cut
 
 
+def test_the_heads_bias_starts_where_the_configuration_says(make_config) -> None:
+    head = build(make_config(head="mlp", head_bias_init=-10.0)).head
+    assert (head.weight == 0.0).all()
+    assert (head.bias == -10.0).all()
+
+
 def test_positions_biases_norms_token_and_head(fresh: ViT) -> None:
     assert fresh.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
     assert fresh.cls_token is not None
