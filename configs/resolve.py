@@ -135,14 +135,12 @@ def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[F
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    for field in (*SIZE_FIELDS, "in_channels", "pool"):
+    for field in (*SIZE_FIELDS, "in_channels", "pool", "gelu"):
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
         if is_given and given != theirs:
             faults.append(_contradiction(model, field, given, theirs, source.checkpoint_id))
         inherited[field] = theirs
-    if "gelu" not in model.model_fields_set:
-        inherited["gelu"] = origin.gelu
     inherited["variant"] = _variant_of(origin)
     faults.extend(_patch_faults(model, origin.patch_size))
     return inherited

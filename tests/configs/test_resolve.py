@@ -225,7 +225,7 @@ def test_a_variant_that_contradicts_the_checkpoint_is_refused_as_it_was_given() 
     assert found["/model/variant"].value == "B/16"
 
 
-@pytest.mark.parametrize(("field", "value"), [("in_channels", 1), ("pool", "gap")])
+@pytest.mark.parametrize(("field", "value"), [("in_channels", 1), ("pool", "gap"), ("gelu", "exact")])
 def test_what_must_match_the_checkpoint(field: str, value: object) -> None:
     assert set(faults(FINETUNE, source(), **{f"model__{field}": value})) == {f"/model/{field}"}
 
