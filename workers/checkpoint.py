@@ -55,6 +55,7 @@ UPLOAD_DEADLINE_S = 480.0
 attempt all ranks wait, so it is shorter than what the driver takes for a hung save."""
 PATIENCE_S = 10.0
 """How long a save that falls due waits for the one before it."""
+_BEAT_S = 1.0
 _WEIGHT = "weight"
 _T = TypeVar("_T")
 
@@ -73,6 +74,8 @@ class Progress:
     """Of these, how many changed nothing because their gradient was not finite."""
     nonfinite_steps: int = 0
     """How many in a row were skipped up to here."""
+    is_measured: bool = False
+    """Whether the checkpoint that was resumed from holds an evaluation of this step."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +193,13 @@ class Checkpointer:
         self._closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _join(self, timeout_s: float | None = None) -> None:
-        """Wait for this rank's background work, so long at most."""
-        if self._background is not None:
-            concurrent.futures.wait([self._background], timeout_s)
+    def _join(self, timeout_s: float = math.inf) -> None:
+        """Wait for this rank's background work, so long at most. Asking for orders meanwhile is a sign of life: a long
+        upload is no hang, and one that gets nowhere ends by its own deadline."""
+        until = time.monotonic() + timeout_s
+        while self._background is not None and not self._background.done() and time.monotonic() < until:
+            concurrent.futures.wait([self._background], min(_BEAT_S, until - time.monotonic()))
+            self._reporter.desired()
 
     def _begin(self, progress: Progress, metrics: dict[str, float]) -> None:
         started = time.monotonic()
@@ -350,7 +356,8 @@ def load(engine: HasDeepSpeed, store: ObjectStore, prefix: str, training_fingerp
     ]
     read_into(store, prefix, manifest, wanted)
     finish_load(engine, manifest.optimizer_step)
-    return Progress(manifest.step, manifest.skipped_steps, manifest.nonfinite_steps)
+    is_measured = any(name.startswith("eval/") for name in manifest.metrics)
+    return Progress(manifest.step, manifest.skipped_steps, manifest.nonfinite_steps, is_measured)
 
 
 def _tensors(engine: HasDeepSpeed, flat: Tensor) -> Iterator[tuple[str, Tensor]]:

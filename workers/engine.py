@@ -29,8 +29,9 @@ class Update:
 
     applied: bool
     """False: the gradient was not finite and nothing changed."""
-    grad_norm: float
-    """Of the global batch's mean gradient, before clipping; infinite if not applied."""
+    grad_norm: float | Tensor
+    """Of the global batch's mean gradient, before clipping; infinite if not applied. As a tensor it lies on the device:
+    to read it is to wait for the update."""
 
 
 class Engine(Protocol):
@@ -77,7 +78,7 @@ class DeepSpeedEngine:
             return self._step_replicated()
         self.deepspeed.step()
         applied = bool(self.deepspeed.was_step_applied())
-        return Update(applied, float(self.deepspeed.get_global_grad_norm()) if applied else float("inf"))
+        return Update(applied, self.deepspeed.get_global_grad_norm() if applied else float("inf"))
 
     def _step_replicated(self) -> Update:
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -76,7 +75,9 @@ def train(
             return _leave(LEAVES_WITH[word.order], {}, checkpointer, control, reporter, progress, worth_saving=is_new)
 
         measured: dict[str, float] = {}
-        if (is_new and _is_due(spec.eval.every_steps, progress.step)) or (is_last and spec.eval.at_end):
+        # Resumed at a step whose evaluation an order cut off, it is made up for.
+        is_due = progress.step > 0 and not progress.is_measured and _is_due(spec.eval.every_steps, progress.step)
+        if is_due or (is_last and spec.eval.at_end):
             reporter.heartbeat("evaluating", progress.step)
             result = evaluate(partial(_may_go_on, control, checkpointer, reporter, progress.step))
             if result is None:
@@ -89,7 +90,7 @@ def train(
 
         if is_last:
             return _leave(ExitReason.COMPLETED, measured, checkpointer, control, reporter, progress)
-        if is_new:
+        if is_new or measured:
             checkpointer.maybe_save(progress, measured, control)
 
         # One step.
@@ -130,7 +131,7 @@ def train(
             if ranks.is_first:
                 reporter.metric("train/loss", progress.step, float(mean_loss))
                 reporter.metric("train/lr", progress.step, lr)
-                reporter.metric("train/grad_norm", progress.step, update.grad_norm)
+                reporter.metric("train/grad_norm", progress.step, float(update.grad_norm))
             # Which samples this rank trained on, as a number that two runs can be compared by.
             reporter.metric(f"data/sample_ids_crc32/rank-{ranks.rank:05d}", progress.step, samples_crc32)
             throughput.report(progress.step)
@@ -138,7 +139,7 @@ def train(
 
 def _advance(progress: Progress, applied: bool) -> Progress:
     if applied:
-        return replace(progress, step=progress.step + 1, nonfinite_steps=0)
+        return Progress(progress.step + 1, progress.skipped_steps)
     return Progress(progress.step + 1, progress.skipped_steps + 1, progress.nonfinite_steps + 1)
 
 

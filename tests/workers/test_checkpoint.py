@@ -17,12 +17,14 @@ from safetensors import safe_open
 
 from configs.layout import checkpoints_prefix, manifest_key
 from configs.reasons import ExitReason
+from configs.states import Desired
 from configs.wire import Manifest
 from tests.fakes.dir_store import DirStore
 from tests.fakes.recording_reporter import RecordingReporter
 from tests.ranks import Died, run_ranks
 from tests.workers.attempts import JOB, make_attempt, saved_at, tiny_spec
 from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, run_attempts, train_directly
+from workers.attempt import RankOutcome
 from workers.checkpoint import read_manifest, read_weights
 from workers.distributed import Ranks
 from workers.shards import CheckpointCorrupt
@@ -338,6 +340,38 @@ def train_with_slow_uploads(ranks: Ranks, root: str, patience_s: float) -> list[
     outcome, _ = train_directly(ranks, slow_spec(), 1, store, reporter, patience_s=patience_s)
     assert outcome.reason is ExitReason.COMPLETED
     return [data["step"] for _, _, data in reporter.events]
+
+
+class Listener(RecordingReporter):
+    """Counts the questions for orders, which are signs of life."""
+
+    num_asked = 0
+
+    def desired(self) -> Desired:
+        self.num_asked += 1
+        return super().desired()
+
+
+def save_slowly_at_the_end(ranks: Ranks, root: str) -> RankOutcome:
+    """The last save's first object is written only when this rank has given three signs of life meanwhile."""
+    reporter, asked_before = Listener(), 0
+
+    def wait(key: str) -> None:
+        nonlocal asked_before
+        if reporter.phases[-1] != "saving" or asked_before:
+            return
+        asked_before, until = reporter.num_asked, time.monotonic() + 20.0
+        while reporter.num_asked < asked_before + 3:
+            if time.monotonic() > until:
+                raise AssertionError("a long upload at the end looks like a hang")
+            time.sleep(0.01)
+
+    spec = saving_spec(schedule={"total_steps": 1}, zero={"stage": 1})
+    return train_directly(ranks, spec, 1, WrappedStore(root, wait), reporter)[0]
+
+
+def test_a_rank_that_waits_for_its_last_upload_gives_signs_of_life(tmp_path: Path) -> None:
+    assert run_ranks(1, save_slowly_at_the_end, str(tmp_path))[0].reason is ExitReason.COMPLETED
 
 
 def slow_spec() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,15 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[DirStore, dict[
     by_rank = run_ranks(2, run_attempts, list(jobs.values()), str(root))
     results = dict(zip(jobs, (list(results) for results in zip(*by_rank, strict=True)), strict=True))
     spec = ordered_spec(schedule={"total_steps": 3}, eval={"at_end": True})
-    resumed = Run(make_attempt(spec, 2, 5, resume_from=saved_at(3, 4)))
-    results["resumed at the end"] = [r[0] for r in run_ranks(2, run_attempts, [resumed], str(root))]
-    return DirStore(root), results
+    again = {
+        "resumed at the end": Run(make_attempt(spec, 2, 5, resume_from=saved_at(3, 4))),
+        "resumed unmeasured": Run(make_attempt(ordered_spec(**every), 2, 6, resume_from=saved_at(2, 2))),
+        "resumed measured": Run(
+            make_attempt(ordered_spec(schedule={"total_steps": 5}, **every), 2, 7, resume_from=saved_at(4, 1))
+        ),
+    }
+    by_rank = run_ranks(2, run_attempts, list(again.values()), str(root))
+    return DirStore(root), results | dict(zip(again, map(list, zip(*by_rank, strict=True)), strict=True))
 
 
 def test_evaluation_keeps_its_cadence_and_comes_at_the_end(
@@ -174,6 +181,17 @@ def test_a_run_resumed_at_its_end_still_evaluates_and_completes(
     assert resumed.outcome == RankOutcome(ExitReason.COMPLETED, "", 3, 3)
     assert resumed.metrics["eval/loss"] == first.metrics["eval/loss"]
     assert "train/loss" not in resumed.metrics
+
+
+def test_an_evaluation_that_an_order_cut_off_is_made_up_for_on_resume(
+    evaluated: tuple[DirStore, dict[str, list[Result]]],
+) -> None:
+    _, results = evaluated
+    resumed, measured = results["resumed unmeasured"][0], results["resumed measured"][0]
+    assert list(resumed.metrics["eval/loss"]) == [2, 4, 6, 8, 10, 12]
+    # The same model was measured by the run that was left alone.
+    assert resumed.metrics["eval/loss"][2] == results["every"][0].metrics["eval/loss"][2]
+    assert list(measured.metrics["eval/loss"]) == [5]
 
 
 def test_metrics_are_logged_at_their_cadence(evaluated: tuple[DirStore, dict[str, list[Result]]]) -> None:
@@ -278,7 +296,8 @@ def skip_and_compare(ranks: Ranks, stage: int) -> dict[str, Any]:
     def step(factor: float) -> Update:
         for _ in range(2):
             engine.backward(engine.forward(images).float().square().mean() * factor + engine.forward(images)[0, 0])
-        return engine.step(0.01)
+        update = engine.step(0.01)
+        return replace(update, grad_norm=float(update.grad_norm))  # torch would send a file descriptor
 
     def bits() -> list[Tensor]:
         tensors = [
@@ -316,6 +335,29 @@ def test_a_skipped_update_leaves_every_bit_and_adams_step() -> None:
             assert seen["changed"]
             assert math.isfinite(seen["updates"][2].grad_norm)
             assert math.isinf(seen["updates"][1].grad_norm)
+
+
+class _Skipless:
+    """Of DeepSpeed's engine what a step needs; its gradient norm cannot be read without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return True
+
+    def was_step_applied(self) -> bool:
+        return True
+
+    def step(self) -> None:
+        pass
+
+    def get_global_grad_norm(self) -> Tensor:
+        return torch.empty((), device="meta")
+
+
+def test_a_step_does_not_wait_for_the_norm_it_reports() -> None:
+    assert DeepSpeedEngine(_Skipless(), 1, None).step(0.1).applied
 
 
 def test_nan_from_the_data_on_ends_with_nan_loss(tmp_path: Path) -> None:
