@@ -66,11 +66,11 @@ def start_attempt(
         LeaseLost: another process took over; nothing was changed.
         StoreError: the object store failed; begin again later.
     """
-    register_manifests(db, store, claim.job_id)
+    register_manifests(db, store, claim.job_id, guard=lambda session: guarded(session, claim))
     resume = _choose_resume(db, store, claim)
     with db.session() as session:
         job = guarded(session, claim)
-        init_from = _resolve_init_from(session, job)
+        init_from = _resolve_init_from(session, job, needed=resume is None)
     file = _write_attempt_file(store, job, world_size, resume, init_from, read_cuts(store, job.id), now)
     with db.session() as session:
         job = guarded(session, claim)
@@ -121,12 +121,15 @@ def _choose_resume(db: Database, store: ObjectStore, claim: Claim) -> Checkpoint
     return other
 
 
-def _resolve_init_from(session: Session, job: JobRow) -> CheckpointRow | None:
-    """The checkpoint whose weights the job starts from; a reference by job is resolved once, and kept."""
+def _resolve_init_from(session: Session, job: JobRow, *, needed: bool) -> CheckpointRow | None:
+    """The checkpoint whose weights the job starts from; a reference by job is resolved once, and kept. One that is gone
+    matters only if it is `needed`: who resumes reads all weights from there."""
     if job.init_from is None:
         return None
     row = resolve_ref(session, job.init_from, hold=True)
     if row is None:
+        if not needed:
+            return None
         raise CannotStart(f"init_from: there is no checkpoint {job.init_from}.")
     job.init_from = row.id
     return row
@@ -238,9 +241,17 @@ def end_attempt(session: Session, job: JobRow, attempt: AttemptRow, end: End, no
         why = f"attempt {attempt.number} could not load it"
         invalidate(session, job.id, attempt.from_checkpoint, why, attempt.number)
     if end.next.state in (JobState.FAILED, JobState.CANCELLED):
-        newest = newest_checkpoint(session, job.id)
-        account_waste(session, job, attempt, newest.step if newest is not None else 0)
+        account_waste(session, job, attempt, _kept_step(session, job))
     move_job(session, job, end.next, now, attempt.number)
+
+
+def settle_job(session: Session, job: JobRow, following: Next, now: datetime) -> None:
+    """Move a job of which nothing runs, in this transaction. Where it ends so, nobody does again what its last attempt
+    did beyond the newest checkpoint."""
+    last = last_attempt(session, job)
+    if last is not None and following.state in (JobState.FAILED, JobState.CANCELLED):
+        account_waste(session, job, last, _kept_step(session, job))
+    move_job(session, job, following, now)
 
 
 def move_job(session: Session, job: JobRow, following: Next, now: datetime, attempt: int | None = None) -> None:
@@ -285,6 +296,14 @@ def account_waste(session: Session, job: JobRow, attempt: AttemptRow, kept_step:
     job.wasted_steps += lost
     if lost:
         job.wasted_gpu_s += lost * _seconds_per_step(session, attempt, kept_step) * attempt.world_size
+
+
+def _kept_step(session: Session, job: JobRow) -> int:
+    """The step that the job has reached for good: of its newest checkpoint, else of the other job's that it began at."""
+    kept = newest_checkpoint(session, job.id)
+    if kept is None and job.resume_from is not None:
+        kept = session.get(CheckpointRow, job.resume_from)
+    return kept.step if kept is not None else 0
 
 
 def _last_step_measured(session: Session, attempt: AttemptRow) -> int:

@@ -19,7 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import TypeVar
 
 import structlog
 
@@ -40,6 +42,7 @@ SCHEDULE_EVERY_S = 0.3
 LEAD_EVERY_S = 2.0
 AFTER_ERROR_S = 1.0
 JOIN_S = 30.0
+_Result = TypeVar("_Result")
 
 
 class Controller:
@@ -60,6 +63,7 @@ class Controller:
         self._reconciler: Reconciler | None = None
         """Only while this process leads."""
         self._stop = threading.Event()
+        self._lookout = threading.Lock()
 
     @property
     def leads(self) -> bool:
@@ -127,12 +131,17 @@ class Controller:
             store_cluster(self._db, status, "", utc_now())
 
     def _reconcile(self) -> None:
+        """One thread at a time looks out for a job that is due; the others work, or sleep until it has found one."""
         while not self._stop.is_set():
-            reconciler = self._reconciler
-            if reconciler is None or not self._survive("reconciler", reconciler.run_once):
-                self._stop.wait(IDLE_S)
+            with self._lookout:
+                reconciler = self._reconciler
+                claim = None if reconciler is None else self._survive("reconciler", reconciler.claim)
+                if claim is None:
+                    self._stop.wait(IDLE_S)
+            if reconciler is not None and claim is not None:
+                self._survive("reconciler", partial(reconciler.look_at, claim))
 
-    def _survive(self, what: str, step: Callable[[], int | None]) -> int | None:
+    def _survive(self, what: str, step: Callable[[], _Result]) -> _Result | None:
         """Do one step of a loop that must live."""
         try:
             return step()

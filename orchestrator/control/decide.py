@@ -321,6 +321,9 @@ def _end(
     said = seen.exit
     if said is not None and (attempt.kill_reason is None or said.reason is ExitReason.COMPLETED):
         reason, message = said.reason, said.message
+    if attempt.kill_reason == ExitReason.DEADLINE and reason is not ExitReason.COMPLETED:
+        # However it went in the end, the deadline is why it had to.
+        reason, message = ExitReason.DEADLINE, f"The deadline has passed. {message}"
     if reason is ExitReason.COMPLETED and policy.is_training and (seen.newest_step or 0) < (job.total_steps or 0):
         reason = ExitReason.STORAGE_ERROR
         message = f"It completed, but its last checkpoint (step {job.total_steps}) is not in the object store."

@@ -18,7 +18,7 @@ from configs.states import AttemptState, JobState
 from orchestrator.control.attempts import read_exit
 from orchestrator.control.decide import Observation
 from orchestrator.control.launcher import ClusterStatus, JobStatus, Launcher, LauncherError, LaunchState
-from orchestrator.control.leases import Claim, renew
+from orchestrator.control.leases import Claim, guarded, renew
 from orchestrator.control.queue_view import load_reservations, needs
 from orchestrator.control.retries import Ended, Policy
 from orchestrator.control.scheduling import fitting_world_size
@@ -175,7 +175,7 @@ class Observer:
         return not 0.0 <= (self._clock() - then).total_seconds() < seconds
 
     def _register(self, claim: Claim) -> None:
-        new = register_manifests(self._db, self._store, claim.job_id)
+        new = register_manifests(self._db, self._store, claim.job_id, guard=lambda session: guarded(session, claim))
         self._registered_at[claim.job_id] = self._clock()
         if new:
             renew(self._db, claim, self._clock(), self._settings.lease_s)

@@ -84,9 +84,11 @@ def needs(spec_json: bytes) -> Needs:
 def schedule_queue(db: Database, now: datetime) -> int:
     """One step of the scheduler: let jobs go, and write to the others why they wait. Returns how many were let go."""
     with db.reader() as session:
-        view = load_view(session, now)
         waiting = select(JobRow.id, JobRow.reason, JobRow.message).where(JobRow.state == JobState.QUEUED)
         said = {row.id: (row.reason, row.message) for row in session.execute(waiting)}
+        if not said:
+            return 0
+        view = load_view(session, now)
     started = 0
     for decision in schedule(view):
         if isinstance(decision, Start):

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from configs.reasons import ExitReason, QueueReason
 from configs.states import AttemptState, Desired, JobState
-from orchestrator.control.attempts import CannotStart, end_attempt, move_job, start_attempt, submit_attempt
+from orchestrator.control.attempts import CannotStart, end_attempt, settle_job, start_attempt, submit_attempt
 from orchestrator.control.decide import (
     REAP_LOOK_S,
     SOON_S,
@@ -43,7 +43,7 @@ from orchestrator.control.decide import (
 from orchestrator.control.launcher import Launcher, LauncherError
 from orchestrator.control.leases import Claim, LeaseLost, claim_due, guarded, release, renew
 from orchestrator.control.observe import Facts, Observer, load_facts
-from orchestrator.control.retries import move
+from orchestrator.control.retries import Next, move
 from orchestrator.control.transitions import transition
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database, is_unavailable
@@ -83,14 +83,23 @@ class Reconciler:
 
     def run_once(self) -> int:
         """Look at one job that is due. Returns how many were looked at: 0 or 1."""
-        claim = claim_due(self._db, self._owner, self._clock(), self._settings.lease_s)
+        claim = self.claim()
         if claim is None:
             return 0
+        self.look_at(claim)
+        return 1
+
+    def claim(self) -> Claim | None:
+        """The job that has waited longest for a look; None if none is due. `look_at` comes next."""
+        return claim_due(self._db, self._owner, self._clock(), self._settings.lease_s)
+
+    def look_at(self, claim: Claim) -> None:
+        """Observe the claimed job, decide, act, and give it back."""
         try:
             next_look_at = self._handle(claim)
         except LeaseLost as error:
             log.warning("Lease lost; nothing was written.", job=claim.job_id, detail=str(error))
-            return 1
+            return
         except (StoreError, LauncherError) as error:
             next_look_at = self._put_off(claim, error)
         except Exception as error:  # one job's trouble is not the others': this loop must live
@@ -103,7 +112,6 @@ class Reconciler:
             release(self._db, claim, next_look_at)
         except LeaseLost:
             log.warning("The lease had run out before it was given back.", job=claim.job_id)
-        return 1
 
     def _handle(self, claim: Claim) -> datetime | None:
         facts = load_facts(self._db, claim.job_id)
@@ -141,11 +149,9 @@ class Reconciler:
             case Reap(leftovers):
                 return self._reap(claim, facts, leftovers)
             case End():
-                return self._end(claim, decision)
+                return self._end(claim, facts, decision)
             case Settle(following):
-                with self._db.session() as session:
-                    move_job(session, guarded(session, claim), following, self._clock())
-                return None
+                return self._settle(claim, facts, following)
 
     def _launch(self, claim: Claim, facts: Facts, seen: Observation, world_size: int) -> datetime | None:
         if seen.cluster_id is None:
@@ -156,10 +162,7 @@ class Reconciler:
         try:
             attempt = start_attempt(self._db, self._store, claim, world_size, seen.cluster_id, self._clock())
         except CannotStart as error:
-            following = move(facts.job, JobState.FAILED, ExitReason.SPEC_INVALID, str(error))
-            with self._db.session() as session:
-                move_job(session, guarded(session, claim), following, self._clock())
-            return None
+            return self._settle(claim, facts, move(facts.job, JobState.FAILED, ExitReason.SPEC_INVALID, str(error)))
         submit_attempt(self._db, self._launcher, claim, attempt, seen.cluster_id, self._clock())
         return self._later(SOON_S)
 
@@ -219,9 +222,20 @@ class Reconciler:
         self._note(claim, facts.job, Condition(QueueReason.WAITING_FOR_WORKERS, message))
         return self._later(REAP_LOOK_S)
 
-    def _end(self, claim: Claim, end: End) -> datetime | None:
+    def _settle(self, claim: Claim, facts: Facts, following: Next) -> datetime | None:
         with self._db.session() as session:
             job = guarded(session, claim)
+            if job.desired != facts.job.desired:
+                return self._later(0.0)
+            settle_job(session, job, following, self._clock())
+        return None
+
+    def _end(self, claim: Claim, facts: Facts, end: End) -> datetime | None:
+        with self._db.session() as session:
+            job = guarded(session, claim)
+            if job.desired != facts.job.desired:
+                # A user's order came in while we looked: what follows depends on it. Nothing is lost by looking again.
+                return self._later(0.0)
             end_attempt(session, job, _last(session, job), end, self._clock())
             recovers = job.state == JobState.RECOVERING
             delay_s = (job.not_before - self._clock()).total_seconds() if job.not_before is not None else 0.0

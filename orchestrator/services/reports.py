@@ -21,6 +21,7 @@ from configs.wire import ClaimReply, ClaimRequest, Heartbeat, ReportBatch, Repor
 from orchestrator.services.problems import Fenced, Invalid, NotFound, field_error
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
+from orchestrator.storage.registry import record_committed
 from orchestrator.storage.tables import AttemptRow, JobRow, MetricRow
 
 _POINT_KEY = ("job_id", "name", "step", "attempt")
@@ -125,12 +126,19 @@ def _store_events(session: Session, job: JobRow, attempt: AttemptRow, batch: Rep
     for event in batch.events:
         # PostgreSQL holds no NUL in text, and a batch it refuses would come again for ever.
         message = event.message.replace("\0", "")
-        record(session, job.id, event.type, message, attempt.id, attempt.number, event.data, event.at)
+        data = {key: _storable(value) for key, value in event.data.items()}
+        record(session, job.id, event.type, message, attempt.id, attempt.number, data, event.at)
     for checkpoint in batch.checkpoints:
-        message = f"Checkpoint {checkpoint} was committed"
-        record(
-            session, job.id, "checkpoint.committed", message, attempt.id, attempt.number, {"checkpoint_id": checkpoint}
-        )
+        record_committed(session, job.id, attempt.number, checkpoint, attempt.id)
+
+
+def _storable(value: Any) -> Any:
+    """`value` as every database's JSON holds it: null for numbers that are not finite."""
+    if isinstance(value, float):
+        return _finite(value)
+    if isinstance(value, dict):
+        return {key: _storable(item) for key, item in value.items()}
+    return [_storable(item) for item in value] if isinstance(value, list) else value
 
 
 def _note_progress(job: JobRow, attempt: AttemptRow, batch: ReportBatch, now: datetime) -> None:

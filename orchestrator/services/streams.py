@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -54,20 +55,24 @@ class StreamLimit:
     def __init__(self, per_token: int = 20) -> None:
         self.per_token = per_token
         self._open: Counter[str] = Counter()
+        self._lock = threading.Lock()  # routes enter on threads of the pool, streams leave on the event loop
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="stream")
 
     def enter(self, token_id: str) -> None:
         """Raises TooManyStreams."""
-        if self._open[token_id] >= self.per_token:
-            raise TooManyStreams(
-                f"{self.per_token} streams are open for this token already.", hint="Close one of them first."
-            )
-        self._open[token_id] += 1
+        with self._lock:
+            if self._open[token_id] < self.per_token:
+                self._open[token_id] += 1
+                return
+        raise TooManyStreams(
+            f"{self.per_token} streams are open for this token already.", hint="Close one of them first."
+        )
 
     def leave(self, token_id: str) -> None:
-        self._open[token_id] -= 1
-        if self._open[token_id] <= 0:
-            del self._open[token_id]
+        with self._lock:
+            self._open[token_id] -= 1
+            if self._open[token_id] <= 0:
+                del self._open[token_id]
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         """The result of `work`, run on a thread."""

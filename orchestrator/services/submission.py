@@ -32,7 +32,7 @@ from orchestrator.services.idempotency import Answer, Key, claim, remember
 from orchestrator.services.jobs import check_action, find_job, publish
 from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
-from orchestrator.storage.events import record
+from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.registry import resolve_ref
 from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow
 
@@ -148,7 +148,7 @@ def plan_job(db: Database, request: Request) -> Plan:
 
 def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | None) -> Submitted:
     """Queue a copy of a job that failed or was cancelled. With `resume` it continues from the old job's last
-    checkpoint, if it left one; else it starts over.
+    checkpoint, or where that one, itself a retry, was to continue from; if there is neither, it starts over.
 
     Raises:
         NotFound: there is no such job.
@@ -160,9 +160,12 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
         earlier = claim(session, key)
         if earlier is not None:
             return _replayed(earlier)
-        old = find_job(session, job_id)
+        find_job(session, job_id)
+        # Before the checkpoint's row: retention takes the two locks in this order, too.
+        old = lock_job(session, job_id)
+        assert old is not None, "jobs are never deleted"
         check_action(old, "retry")
-        checkpoint = resolve_ref(session, f"{job_id}/latest", hold=True) if resume else None
+        checkpoint = _last_checkpoint(session, old) if resume else None
         if old.init_from is not None and checkpoint is None and "/" not in old.init_from:
             _require(session, old.init_from)
         row = _copy(old, checkpoint)
@@ -170,6 +173,13 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
         how = f"from step {checkpoint.step}" if checkpoint is not None else "from the start"
         record(session, job_id, "job.retried", f"Retried as {row.id}, {how}", actor.name, data={"job_id": row.id})
         return submitted
+
+
+def _last_checkpoint(session: Session, old: JobRow) -> CheckpointRow | None:
+    own = resolve_ref(session, f"{old.id}/latest", hold=True)
+    if own is not None or old.resume_from is None:
+        return own
+    return resolve_ref(session, old.resume_from, hold=True)
 
 
 def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:

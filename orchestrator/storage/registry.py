@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -27,7 +27,7 @@ from configs.wire import AttemptFile, Manifest, ParentCut
 from orchestrator.storage.db import Database, upsert
 from orchestrator.storage.events import RECONCILER, lock_job, record
 from orchestrator.storage.store import NotFound, ObjectStore
-from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow
+from orchestrator.storage.tables import AttemptRow, CheckpointRow, EventRow, JobRow
 
 log = structlog.get_logger(__name__)
 _PREFIX = re.compile(r"step-([0-9]{9})-a([0-9]{4})/$")
@@ -79,8 +79,13 @@ def _available(job_id: str) -> tuple[Any, ...]:
 
 
 # -- registering ----------------------------------------------------------------------
-def register_manifests(db: Database, store: ObjectStore, job_id: str) -> list[str]:
+def register_manifests(
+    db: Database, store: ObjectStore, job_id: str, guard: Callable[[Session], object] | None = None
+) -> list[str]:
     """Make rows of the job's manifests that have none yet. Returns the ids of those that are new and count.
+
+    `guard` runs first in the transaction that writes, and raises if the caller may not act for the job any more: by
+    then a newer attempt may have cut what was counted here.
 
     Raises:
         StoreError: the object store could not be read; nothing was changed.
@@ -97,6 +102,8 @@ def register_manifests(db: Database, store: ObjectStore, job_id: str) -> list[st
     parents = read_cuts(store, job_id)
     rows = [_row(manifest, is_in_lineage(manifest.attempt, manifest.step, parents)) for manifest in manifests]
     with db.session() as session:
+        if guard is not None:
+            guard(session)
         upsert(session, CheckpointRow, rows, ["id"], update=[])
         for row in rows:
             _record_registered(session, row)
@@ -195,10 +202,25 @@ def _row(manifest: Manifest, valid: bool) -> dict[str, Any]:
 
 def _record_registered(session: Session, row: dict[str, Any]) -> None:
     if row["valid"]:
-        type, message = "checkpoint.registered", f"Checkpoint {row['id']} of step {row['step']} was registered"
-    else:
-        type, message = "checkpoint.ignored", f"Checkpoint {row['id']} came after its attempt was succeeded: ignored"
-    record(session, row["job_id"], type, message, RECONCILER, attempt=row["attempt"], data={"checkpoint_id": row["id"]})
+        record_committed(session, row["job_id"], row["attempt"], row["id"], RECONCILER)
+        return
+    message = f"Checkpoint {row['id']} came after its attempt was succeeded: ignored"
+    data = {"checkpoint_id": row["id"]}
+    record(session, row["job_id"], "checkpoint.ignored", message, RECONCILER, attempt=row["attempt"], data=data)
+
+
+def record_committed(session: Session, job_id: str, attempt: int, checkpoint: str, actor: str) -> None:
+    """Say that a checkpoint exists, unless that was said: the attempt reports it and the reconciler finds its manifest,
+    in either order."""
+    lock_job(session, job_id)
+    said = select(EventRow.seq).where(
+        EventRow.job_id == job_id,
+        EventRow.type == "checkpoint.committed",
+        EventRow.data["checkpoint_id"].as_string() == checkpoint,
+    )
+    if session.scalar(said.limit(1)) is None:
+        message, data = f"Checkpoint {checkpoint} was committed", {"checkpoint_id": checkpoint}
+        record(session, job_id, "checkpoint.committed", message, actor, attempt=attempt, data=data)
 
 
 # -- retention ----------------------------------------------------------------------

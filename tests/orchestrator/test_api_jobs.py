@@ -240,6 +240,18 @@ def test_retry_copies_the_job_and_continues_from_its_last_checkpoint(api: TestCl
     assert events == ["job.queued", "job.failed", "job.retried", "job.retried"]
 
 
+def test_a_retry_of_a_retry_that_left_nothing_goes_on_from_the_first_ones_checkpoint(
+    api: TestClient, db: Database
+) -> None:
+    old = submit(api)
+    latest = add_checkpoint(db, old["id"], step=60)
+    move(db, old["id"], JobState.FAILED, reason="NODE_LOST")
+    second = api.post(f"/v1/jobs/{old['id']}/retry").json()
+    move(db, second["id"], JobState.FAILED, reason="NODE_LOST")
+    third = api.post(f"/v1/jobs/{second['id']}/retry").json()
+    assert (third["retry_of"], third["resume_from"], third["progress"]["step"]) == (second["id"], latest, 60)
+
+
 # -- Idempotency-Key ---------------------------------------------------------------------------------------------------
 @pytest.mark.db
 def test_a_repeated_key_replays_the_first_answer(api: TestClient, db: Database) -> None:

@@ -159,6 +159,19 @@ def test_a_repeated_batch_changes_nothing(
     ]
 
 
+@pytest.mark.db
+def test_numbers_that_json_cannot_hold_do_not_block_the_reports(
+    api: TestClient, driver: Headers, job_id: str, attempt: str
+) -> None:
+    body = (
+        '{"seq": 1, "events": [{"type": "step.skipped", "message": "m", "at": "2026-01-01T00:00:00Z",'
+        ' "data": {"loss": NaN, "norms": [1.0, Infinity]}}]}'
+    )
+    assert api.post(f"/internal/v1/attempts/{attempt}/reports", content=body, headers=driver).status_code == 200
+    event = api.get(f"/v1/jobs/{job_id}/events").json()["items"][-1]
+    assert event["data"] == {"loss": None, "norms": [1.0, None]}
+
+
 def _everything(db: Database) -> Any:
     with db.reader() as session:
         metrics = [(m.name, m.step, m.attempt, m.value) for m in session.scalars(select(MetricRow))]

@@ -12,10 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from configs.ids import attempt_id
 from configs.states import JobState
-from orchestrator.control.controller import Controller
+from orchestrator.control.controller import IDLE_S, Controller
 from orchestrator.control.launcher import LaunchState
 from orchestrator.control.reconciler import utc_now
 from orchestrator.settings import Settings
@@ -100,6 +101,21 @@ def test_a_cluster_that_is_away_is_said_and_survived(db: Database) -> None:
         launcher.is_away = False
         until(lambda: launcher.states, "the job starts once the cluster is back")
     assert launcher.states[attempt_id(job.id, 1)] is LaunchState.RUNNING
+
+
+def test_idle_reconcilers_do_not_all_ask_the_database(db: Database) -> None:
+    statements = []
+
+    def count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "lease_expires_at" in statement:
+            statements.append(statement)
+
+    with running(Controller(db, FakeLauncher(), MemoryStore(), SETTINGS, num_reconcilers=8)) as controller:
+        until(lambda: controller.leads, "the only one leads")
+        event.listen(db.engine, "before_cursor_execute", count)
+        began = time.monotonic()
+        until(lambda: len(statements) >= 5, "somebody looks out")
+        assert time.monotonic() - began > 4 * IDLE_S
 
 
 def test_the_process_starts_degraded_and_leaves_on_sigterm(database_url: str, tmp_path: Path) -> None:

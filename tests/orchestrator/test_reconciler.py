@@ -20,6 +20,7 @@ from orchestrator.control.queue_view import schedule_queue, store_cluster
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database
+from orchestrator.storage.registry import register_manifests
 from orchestrator.storage.tables import AttemptRow, CheckpointRow, EventRow, JobRow, MetricRow
 from tests.factories import add_job, make_spec, put_checkpoint, put_exit
 from tests.fakes.clock import FakeClock
@@ -120,6 +121,20 @@ def world(db: Database) -> Iterator[World]:
     return World(db)
 
 
+def order_during_next_look(world: World, job_id: str, desired: Desired) -> None:
+    """A user's order comes in after the reconciler has read the job and before it writes."""
+    orders = [desired]
+
+    def jitter() -> float:
+        if orders:
+            world.desire(job_id, orders.pop())
+        return 0.5
+
+    world.reconciler = Reconciler(
+        world.db, world.launcher, world.store, world.settings, clock=world.clock, jitter=jitter
+    )
+
+
 # -- the ordinary life ----------------------------------------------------------------------
 @pytest.mark.db
 def test_the_life_of_a_job_that_succeeds(world: World) -> None:
@@ -158,7 +173,7 @@ def test_the_life_of_a_job_that_succeeds(world: World) -> None:
         "attempt.created",
         "attempt.submitted",
         "job.running",
-        "checkpoint.registered",
+        "checkpoint.committed",
         "attempt.ended",
         "job.succeeded",
     ]
@@ -529,6 +544,33 @@ def test_a_retried_job_continues_from_another_jobs_checkpoint(world: World) -> N
     assert (world.attempts(new)[0].from_step, file.parents) == (40, ())
 
 
+def test_a_retried_job_that_fails_early_wastes_only_its_own_steps(world: World) -> None:
+    old = world.submit()
+    checkpoint = put_checkpoint(world.store, world.job(old), 1, 40)
+    register_manifests(world.db, world.store, old)
+    world.desire(old, Desired.STOP)
+    world.look()
+    job_id = world.start(resume_from=checkpoint)
+    world.end(job_id, ExitReason.NAN_LOSS, last_step=45)
+    world.look()
+    assert (world.job(job_id).state, world.job(job_id).wasted_steps) == (JobState.FAILED, 5)
+
+
+def test_a_retried_job_that_resumes_does_not_need_what_it_was_initialised_from(world: World) -> None:
+    old = world.submit()
+    checkpoint = put_checkpoint(world.store, world.job(old), 1, 40)
+    register_manifests(world.db, world.store, old)
+    world.desire(old, Desired.STOP)
+    world.look()
+    gone = checkpoint_id(old, 20, 1)
+    job_id = world.submit(make_spec(kind="finetune"), init_from=gone, resume_from=checkpoint)
+    world.schedule()
+    world.look()
+    file = world.attempt_file(job_id, 1)
+    assert file.resume_from is not None
+    assert (file.resume_from.checkpoint_id, file.init_from) == (checkpoint, None)
+
+
 def test_best_of_another_job_is_resolved_once_at_the_first_launch(world: World) -> None:
     source = world.start()
     best = put_checkpoint(world.store, world.job(source), 1, 50, metrics={"eval/top1": 0.9})
@@ -618,6 +660,18 @@ def test_cancelling_while_it_recovers(world: World) -> None:
     assert len(world.attempts(job_id)) == 1
 
 
+def test_a_job_cancelled_between_attempts_counts_what_is_not_kept(world: World) -> None:
+    job_id = world.start()
+    put_checkpoint(world.store, world.job(job_id), 1, 20)
+    world.report(job_id, step=30)
+    world.end(job_id, ExitReason.WORKER_LOST, last_step=30)
+    world.look()
+    assert (world.job(job_id).state, world.job(job_id).wasted_steps) == (JobState.RECOVERING, 0)
+    world.desire(job_id, Desired.STOP)
+    world.look()
+    assert (world.job(job_id).state, world.job(job_id).wasted_steps) == (JobState.CANCELLED, 10)
+
+
 def test_pause_and_resume(world: World) -> None:
     job_id = world.start()
     world.desire(job_id, Desired.PAUSE)
@@ -636,6 +690,27 @@ def test_pause_and_resume(world: World) -> None:
     job, attempt = world.job(job_id), world.attempts(job_id)[-1]
     assert (job.state, attempt.number, attempt.from_step) == (JobState.PREPARING, 2, 12)
     assert (job.wasted_steps, job.infra_failures, job.user_failures) == (0, 0, 0)
+
+
+def test_a_cancellation_that_comes_while_a_yield_is_written_down_is_not_lost(world: World) -> None:
+    job_id = world.start()
+    world.desire(job_id, Desired.YIELD)
+    world.look()
+    world.end(job_id, ExitReason.PREEMPTED)
+    order_during_next_look(world, job_id, Desired.STOP)
+    world.look(2)
+    assert (world.job(job_id).state, world.job(job_id).desired) == (JobState.CANCELLED, Desired.STOP)
+
+
+def test_a_cancellation_that_comes_while_a_resumption_is_written_down_is_not_lost(world: World) -> None:
+    job_id = world.submit()
+    world.desire(job_id, Desired.PAUSE)
+    world.look()
+    assert world.job(job_id).state == JobState.PAUSED
+    world.desire(job_id, Desired.RUN)
+    order_during_next_look(world, job_id, Desired.STOP)
+    world.look(2)
+    assert (world.job(job_id).state, world.job(job_id).desired) == (JobState.CANCELLED, Desired.STOP)
 
 
 def test_yielding_goes_back_into_the_queue_at_no_cost(world: World) -> None:
@@ -659,6 +734,17 @@ def test_the_deadline(world: World) -> None:
     world.look()
     job = world.job(job_id)
     assert (job.state, job.reason) == (JobState.FAILED, ExitReason.DEADLINE)
+
+
+def test_the_deadline_is_the_reason_even_if_the_cluster_is_replaced_meanwhile(world: World) -> None:
+    job_id = world.start(make_spec(queue={"deadline_s": 100}))
+    world.clock.advance(101)
+    world.report(job_id, step=1)
+    world.look()
+    assert world.job(job_id).state == JobState.STOPPING
+    world.launcher.replace_cluster("session_2")
+    world.look(2)
+    assert (world.job(job_id).state, world.job(job_id).reason) == (JobState.FAILED, ExitReason.DEADLINE)
 
 
 def test_trouble_with_one_job_is_not_the_others(world: World) -> None:

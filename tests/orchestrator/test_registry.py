@@ -17,6 +17,7 @@ from orchestrator.storage.registry import (
     invalidate,
     is_complete,
     newest_checkpoint,
+    record_committed,
     register_manifests,
     resolve_ref,
     superfluous,
@@ -78,7 +79,35 @@ def test_manifests_become_rows_once(db: Database, store: MemoryStore, job: JobRo
         events = [event.type for event in session.scalars(select(EventRow).order_by(EventRow.seq))]
     assert (row.attempt, row.step, row.num_bytes, row.metrics) == (1, 100, 4, {"eval/top1": 0.5})
     assert row.prefix == checkpoint_prefix(job.id, 100, 1)
-    assert events == ["job.queued", "checkpoint.registered"]
+    assert events == ["job.queued", "checkpoint.committed"]
+
+
+@pytest.mark.db
+@pytest.mark.parametrize("reported_first", [True, False])
+def test_a_checkpoint_is_said_once(db: Database, store: MemoryStore, job: JobRow, reported_first: bool) -> None:
+    id_ = put_checkpoint(store, job, 1, 100)
+
+    def report() -> None:
+        with db.session() as session:
+            record_committed(session, job.id, 1, id_, "att_1")
+
+    steps_ = [report, lambda: register_manifests(db, store, job.id)]
+    for step in steps_ if reported_first else reversed(steps_):
+        step()
+    with db.reader() as session:
+        events = [(event.type, event.actor) for event in session.scalars(select(EventRow).order_by(EventRow.seq))]
+    assert events[1:] == [("checkpoint.committed", "att_1" if reported_first else "reconciler")]
+
+
+def test_who_may_not_act_for_the_job_any_more_registers_nothing(db: Database, store: MemoryStore, job: JobRow) -> None:
+    put_checkpoint(store, job, 1, 100)
+
+    def refuse(_: object) -> None:
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        register_manifests(db, store, job.id, guard=refuse)
+    assert steps(db, job) == []
 
 
 def test_without_a_manifest_there_is_no_checkpoint(db: Database, store: MemoryStore, job: JobRow) -> None:
