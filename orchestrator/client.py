@@ -270,7 +270,7 @@ class Jobs:
         """Every log line so far, or the last `tail` ones."""
         page = self.logs(job_id, tail=tail, **filters)
         yield from page.lines
-        while page.lines and tail is None:
+        while page.more and tail is None:
             page = self.logs(job_id, cursor=page.cursor, **filters)
             yield from page.lines
 
@@ -408,7 +408,10 @@ class Client:
 
     def readiness(self) -> Readiness:
         """Which parts of the server work (also when it is not ready)."""
-        response = self._connection.http.get("/readyz")
+        try:
+            response = self._connection.http.get("/readyz")
+        except httpx.TransportError as error:
+            raise Unreachable(f"{self.url} does not answer: {error}") from error
         return _parse(Readiness, response)
 
     def close(self) -> None:

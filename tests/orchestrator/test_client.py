@@ -173,3 +173,20 @@ def test_the_stacks_token_is_not_sent_to_another_server(tmp_path: Path, monkeypa
     handler, seen = answers(httpx.Response(200, json=WHOAMI))
     connect("http://elsewhere.test", data_dir=tmp_path, transport=httpx.MockTransport(handler)).whoami()
     assert "Authorization" not in seen[0].headers
+
+
+def test_log_lines_go_on_over_an_empty_page_while_there_is_more() -> None:
+    """With a filter a page may end before it has found anything."""
+    line = {"t": "2026-01-01T00:00:00Z", "stream": "driver", "level": "info", "msg": "found"}
+    handler, seen = answers(
+        httpx.Response(200, json={"lines": [], "cursor": "a", "more": True, "complete": False}),
+        httpx.Response(200, json={"lines": [line], "cursor": "b", "more": False, "complete": False}),
+    )
+    assert [found.msg for found in client_of(handler).jobs.log_lines("job_1", q="found")] == ["found"]
+    assert seen[1].url.params["cursor"] == "a"
+
+
+def test_a_server_that_is_away_is_unreachable_for_readiness_too() -> None:
+    handler, _ = answers(httpx.ConnectError("refused"))
+    with pytest.raises(Unreachable, match="does not answer: refused"):
+        client_of(handler).readiness()
