@@ -92,7 +92,7 @@ def _train(
         start = load(engine, store, attempt.resume_from.prefix, attempt.training_fingerprint)
         if ranks.is_first:
             checkpoint_id = attempt.resume_from.checkpoint_id
-            reporter.event("resumed", f"continues from step {start.step}", {"checkpoint_id": checkpoint_id})
+            reporter.event("training.resumed", f"continues from step {start.step}", {"checkpoint_id": checkpoint_id})
 
     pin_memory = ranks.device.type == "cuda"
     eval_loader = EvalLoader(
@@ -306,7 +306,7 @@ def _peak_flops(device: torch.device, precision: Any) -> float | None:
 
 def _tell(reporter: Reporter) -> OnCorrupt:
     def tell(image: CorruptImage) -> None:
-        reporter.event("corrupt_image", image.message, {"index": image.index, "name": image.name, "count": image.count})
+        reporter.event("image.corrupt", image.message, {"index": image.index, "name": image.name, "count": image.count})
 
     return tell
 

@@ -104,7 +104,6 @@ class _Save:
     progress: Progress
     metrics: dict[str, float]
     prefix: str
-    started: float
 
 
 class Checkpointer:
@@ -202,13 +201,12 @@ class Checkpointer:
             self._reporter.desired()
 
     def _begin(self, progress: Progress, metrics: dict[str, float]) -> None:
-        started = time.monotonic()
         _stage(self._engine, self._buffers)
         self._due = False
         self._num_saves += 1
         self._last_step = progress.step
         prefix = checkpoint_prefix(self._facts.job_id, progress.step, self._facts.attempt)
-        self._under_way = _Save(self._num_saves, progress, dict(metrics), prefix, started)
+        self._under_way = _Save(self._num_saves, progress, dict(metrics), prefix)
         self._background = self._thread.submit(self._guarded, partial(self._upload, self._under_way))
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -248,16 +246,6 @@ class Checkpointer:
                 raise
         self.committed_step = save.progress.step
         self._reporter.checkpoint(manifest.checkpoint_id)
-        self._reporter.event(
-            "checkpoint_committed",
-            f"checkpoint at step {save.progress.step}",
-            {
-                "checkpoint_id": manifest.checkpoint_id,
-                "step": save.progress.step,
-                "num_bytes": sum(file.num_bytes for file in manifest.files),
-                "seconds": round(time.monotonic() - save.started, 3),
-            },
-        )
 
     def _manifest(self, save: _Save, files: tuple[ShardFile, ...]) -> Manifest:
         facts, progress = self._facts, save.progress

@@ -185,7 +185,7 @@ def _stopped(failure: ExitReason, checkpointer: Checkpointer, progress: Progress
 def _report_skip(reporter: Reporter, progress: Progress, global_batch_size: int) -> None:
     last = progress.step * global_batch_size
     reporter.event(
-        "step_skipped",
+        "step.skipped",
         f"step {progress.step} changed nothing: its gradient was not finite",
         {"step": progress.step, "positions": [last - global_batch_size, last], "in_a_row": progress.nonfinite_steps},
     )

@@ -299,7 +299,7 @@ def account_waste(session: Session, job: JobRow, attempt: AttemptRow, kept_step:
 
 
 def _kept_step(session: Session, job: JobRow) -> int:
-    """The step that the job has reached for good: of its newest checkpoint, else of the other job's that it began at."""
+    """The step that the job has reached for good: that of its newest checkpoint, or of the other job's it began at."""
     kept = newest_checkpoint(session, job.id)
     if kept is None and job.resume_from is not None:
         kept = session.get(CheckpointRow, job.resume_from)

@@ -262,7 +262,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(flaky: dict[str, list[
         if rank == 0:
             healthy_losses = flaky["healthy"][rank][stage][2]
             assert losses[:4] == healthy_losses[:4]
-            skipped = [data for kind, _, data in events if kind == "step_skipped"]
+            skipped = [data for kind, _, data in events if kind == "step.skipped"]
             assert [data["step"] for data in skipped] == [4, 6]
             assert [data["positions"] for data in skipped] == [[48, 64], [80, 96]]
             # The batch after the skipped one is another batch, seen by the weights of before.
@@ -365,7 +365,7 @@ def test_nan_from_the_data_on_ends_with_nan_loss(tmp_path: Path) -> None:
     spec = tiny_spec(data={"std": [1e-42]}, zero={"stage": 1})
     result = run_ranks(1, run_attempts, [Run(make_attempt(spec, 1))], str(tmp_path))[0][0]
     assert (result.outcome.reason, result.outcome.step) == (ExitReason.NAN_LOSS, 3)
-    assert len([event for event in result.events if event[0] == "step_skipped"]) == 3
+    assert len([event for event in result.events if event[0] == "step.skipped"]) == 3
 
 
 def test_skipped_steps_are_in_the_manifest_and_survive_resume(tmp_path: Path) -> None:
