@@ -74,6 +74,8 @@ class DataDir:
             lock.close()
             raise AlreadyRunning(self.path, self._read_run()) from None
         self._lock = lock
+        # A stack that was killed left its own: `down` must not signal a pid that is somebody else's by now.
+        self.run_file.unlink(missing_ok=True)
         for folder in (self.data, self.logs):
             folder.mkdir(exist_ok=True)
 

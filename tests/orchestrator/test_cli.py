@@ -160,6 +160,18 @@ def test_list_shows_jobs_and_json_is_for_programs(capsys: pytest.CaptureFixture[
     assert [item["state"] for item in json.loads(capsys.readouterr().out)] == ["RUNNING", "QUEUED"]
 
 
+def test_show_leaves_out_what_only_proves_the_order_of_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"train/loss": 0.5, "data/sample_ids_crc32/rank-00000": 123.0}
+    routes: Routes = {
+        ("GET", f"/v1/jobs/{JOB}"): ok(job(last_metrics=metrics)),
+        ("GET", f"/v1/jobs/{JOB}/checkpoints"): ok({"items": []}),
+    }
+    assert patchwork(routes, "show", JOB) == 0
+    out = capsys.readouterr().out
+    assert "train/loss 0.5" in out
+    assert "crc32" not in out
+
+
 def test_show_last_takes_the_newest_job(capsys: pytest.CaptureFixture[str]) -> None:
     routes: Routes = {
         ("GET", "/v1/jobs"): ok({"items": [job("FAILED", reason="NAN_LOSS", advice="Lower optim.lr.")]}),

@@ -127,6 +127,18 @@ def test_a_directory_has_one_stack_and_the_second_learns_of_the_first(tmp_path: 
     second.unlock()
 
 
+def test_what_a_killed_stack_said_of_itself_is_not_taken_for_the_next_ones_word(tmp_path: Path) -> None:
+    """`patchwork down` sends its signal to the pid it finds."""
+    killed, following = DataDir(tmp_path / "d"), DataDir(tmp_path / "d")
+    killed.lock()
+    killed.write_run(RunFile(pid=1, url="", state="ready"))
+    assert killed._lock is not None
+    killed._lock.close()  # as the kernel does
+    following.lock()
+    assert DataDir(tmp_path / "d").running() is None
+    following.unlock()
+
+
 def test_free_ports_are_different_and_free() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20
