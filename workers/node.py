@@ -23,7 +23,8 @@ Seconds = Annotated[float, Field(gt=0.0)]
 class NodeSettings(BaseSettings):
     """What every process of an attempt finds on its node: the store, the control plane, directories, time limits."""
 
-    model_config = SettingsConfigDict(env_prefix="PATCHWORK_", extra="ignore", frozen=True)
+    # Errors are logged: they name the setting, not what was given for it, which may be a secret.
+    model_config = SettingsConfigDict(env_prefix="PATCHWORK_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     s3_endpoint: str | None = Field(None, description="URL of an S3-compatible service; left out: AWS.")
     s3_region: str = "us-east-1"
