@@ -6,7 +6,7 @@ Words that may grow (states, reasons, event types) are plain strings here: an ol
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
 
@@ -14,6 +14,9 @@ from configs.base import Label, Slug, Stored, Strict
 from configs.model import VitConfig
 from configs.states import JobState
 from configs.wire import DatasetCard, LogLine, Preprocess, RankFailure
+
+if TYPE_CHECKING:
+    import pandas
 
 Role = Literal["viewer", "member", "admin"]
 TERMINAL_STATES = frozenset(state.value for state in JobState if state.is_terminal)
@@ -215,6 +218,26 @@ class MetricsPublic(Stored):
     job_id: str
     names: tuple[str, ...] = Field(description="Every metric this job has.")
     series: tuple[MetricSeries, ...]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with one row per point: name, step, value, low, high, attempt.
+
+            frame.pivot(index="step", columns="name", values="value")      # a column per metric
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed; it is not needed for anything else.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ModuleNotFoundError(
+                "to_pandas() needs the package pandas, which is not installed: pip install pandas", name="pandas"
+            ) from None
+        columns = {"step": "steps", "value": "values", "low": "lows", "high": "highs", "attempt": "attempts"}
+        data: dict[str, list[Any]] = {"name": [s.name for s in self.series for _ in s.steps]}
+        data |= {column: [x for s in self.series for x in getattr(s, field)] for column, field in columns.items()}
+        types = {"name": "str", "step": "int64", "value": "float64", "low": "float64", "high": "float64"}
+        return pandas.DataFrame(data).astype(types | {"attempt": "int64"})
 
 
 class LogPage(Stored):
