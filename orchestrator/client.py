@@ -37,6 +37,7 @@ from orchestrator.schemas import (
     EventPublic,
     ExportPage,
     Health,
+    JobCard,
     JobPage,
     JobPreview,
     JobPublic,
@@ -322,6 +323,10 @@ class Jobs:
     def report(self, job_id: str) -> EvaluationReport:
         """What an evaluate job found."""
         return self._connection.get(EvaluationReport, f"/v1/jobs/{job_id}/report")
+
+    def card(self, job_id: str) -> JobCard:
+        """The run on one page: description, versions, data, seeds, curves, evaluations, cost, how to reproduce it."""
+        return self._connection.get(JobCard, f"/v1/jobs/{job_id}/card")
 
     def exports(self, job_id: str) -> ExportPage:
         return self._connection.get(ExportPage, f"/v1/jobs/{job_id}/exports")

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from orchestrator.api.deps import JobId, PrintableText, Services, ServicesDep, Viewer
-from orchestrator.schemas import AttemptPublic, EventPage, LogPage, MetricsPublic
-from orchestrator.services import history, logs, metric_files, metrics
+from orchestrator.schemas import AttemptPublic, EventPage, JobCard, LogPage, MetricsPublic
+from orchestrator.services import cards, history, logs, metric_files, metrics
 from orchestrator.services.auth import Actor, authenticate, require
 from orchestrator.services.problems import Invalid, declares, field_error
 from orchestrator.services.streams import EventStream
@@ -100,6 +100,12 @@ def read_metrics(
     headers = {"Content-Disposition": f'attachment; filename="{job_id}-metrics.{format}"'}
     pieces = metric_files.metrics_file(services.db, job_id, wanted, format)
     return StreamingResponse(pieces, media_type=metric_files.MEDIA_TYPES[format], headers=headers)
+
+
+@router.get("/card", operation_id="get_card", responses=declares(401, 404, 503))
+def get_card(services: ServicesDep, _: Viewer, job_id: JobId) -> JobCard:
+    """The run on one page: description, versions, data, seeds, curves, evaluations, cost, how to reproduce it."""
+    return cards.make_card(services.db, services.store, job_id)
 
 
 @router.get(
