@@ -175,7 +175,7 @@ def test_modules_and_probes_exist(compose: dict[str, Any]) -> None:
     *_, code = compose["services"]["api"]["healthcheck"]["test"]
     ast.parse(code)
     (url,) = re.findall(r"http://[^']+", code)
-    assert urlsplit(url).port == Settings(port=environment(compose, "api")["PATCHWORK_PORT"]).port  # type: ignore[arg-type]
+    assert urlsplit(url).port == Settings(port=environment(compose, "api")["PATCHWORK_PORT"]).port
     assert urlsplit(url).path in {getattr(route, "path", None) for route in health.router.routes}
 
 
