@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -37,6 +37,7 @@ from orchestrator.schemas import (
     EventPublic,
     ExportPage,
     Health,
+    JobCard,
     JobPage,
     JobPreview,
     JobPublic,
@@ -140,6 +141,33 @@ class Connection:
                     return check(response)
                 pause_s = _retry_after(response) or pause_s
             time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def download(self, path: str, params: Params, out: BinaryIO) -> int:
+        """Write the answer to a GET into `out` as it comes; returns its number of bytes.
+
+        Raises:
+            ApiError: the server refused.
+            Unreachable: no answer after every try, or it was cut off; `out` then holds a part.
+        """
+        wanted = {k: v for k, v in params.items() if v is not None}
+        num_bytes = 0
+        for trial in range(_NUM_TRIES):
+            last = trial == _NUM_TRIES - 1
+            try:
+                with self.http.stream("GET", path, params=wanted) as response:
+                    if response.status_code in _RETRY_STATUS and not last:
+                        raise httpx.ReadError(f"status {response.status_code}")
+                    if not response.is_success:
+                        response.read()
+                    for piece in check(response).iter_bytes():
+                        num_bytes += out.write(piece)
+                    return num_bytes
+            except httpx.TransportError as error:
+                if last or num_bytes:
+                    cut = f" (cut off after {num_bytes} bytes)" if num_bytes else ""
+                    raise Unreachable(f"{self.url} does not answer: {error}{cut}") from error
+            time.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**trial) * random.uniform(0.5, 1.0))
         raise AssertionError("the last try returns or raises")
 
     def stream(self, path: str, params: Params) -> Iterator[_Message]:
@@ -259,8 +287,17 @@ class Jobs:
             yield EventPublic.model_validate_json(message.data)
 
     def metrics(self, job_id: str, names: Sequence[str] = (), max_points: int = 1000) -> MetricsPublic:
+        """The job's curves, each joined into at most `max_points`; `.to_pandas()` makes a frame of them."""
         params = {"names": ",".join(names) or None, "max_points": max_points}
         return self._connection.get(MetricsPublic, f"/v1/jobs/{job_id}/metrics", params)
+
+    def write_metrics(
+        self, job_id: str, out: BinaryIO, names: Sequence[str] = (), format: Literal["csv", "parquet"] = "csv"
+    ) -> int:
+        """Write every point of the job's metrics into a binary file, as CSV or Parquet: columns name, step, value,
+        attempt, at. Returns the number of bytes."""
+        params = {"names": ",".join(names) or None, "format": format}
+        return self._connection.download(f"/v1/jobs/{job_id}/metrics", params, out)
 
     def logs(self, job_id: str, *, tail: int | None = None, cursor: str | None = None, **filters: Any) -> LogPage:
         """A page of log lines. Filters: attempt, stream, level, q (a part of the message)."""
@@ -286,6 +323,10 @@ class Jobs:
     def report(self, job_id: str) -> EvaluationReport:
         """What an evaluate job found."""
         return self._connection.get(EvaluationReport, f"/v1/jobs/{job_id}/report")
+
+    def card(self, job_id: str) -> JobCard:
+        """The run on one page: description, versions, data, seeds, curves, evaluations, cost, how to reproduce it."""
+        return self._connection.get(JobCard, f"/v1/jobs/{job_id}/card")
 
     def exports(self, job_id: str) -> ExportPage:
         return self._connection.get(ExportPage, f"/v1/jobs/{job_id}/exports")

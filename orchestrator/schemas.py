@@ -6,14 +6,17 @@ Words that may grow (states, reasons, event types) are plain strings here: an ol
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
 
 from configs.base import Label, Slug, Stored, Strict
 from configs.model import VitConfig
 from configs.states import JobState
-from configs.wire import DatasetCard, LogLine, Preprocess, RankFailure
+from configs.wire import DatasetCard, EvaluationReport, LogLine, Preprocess, RankFailure
+
+if TYPE_CHECKING:
+    import pandas
 
 Role = Literal["viewer", "member", "admin"]
 TERMINAL_STATES = frozenset(state.value for state in JobState if state.is_terminal)
@@ -216,6 +219,26 @@ class MetricsPublic(Stored):
     names: tuple[str, ...] = Field(description="Every metric this job has.")
     series: tuple[MetricSeries, ...]
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with one row per point: name, step, value, low, high, attempt.
+
+            frame.pivot(index="step", columns="name", values="value")      # a column per metric
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed; it is not needed for anything else.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ModuleNotFoundError(
+                "to_pandas() needs the package pandas, which is not installed: pip install pandas", name="pandas"
+            ) from None
+        columns = {"step": "steps", "value": "values", "low": "lows", "high": "highs", "attempt": "attempts"}
+        data: dict[str, list[Any]] = {"name": [s.name for s in self.series for _ in s.steps]}
+        data |= {column: [x for s in self.series for x in getattr(s, field)] for column, field in columns.items()}
+        types = {"name": "str", "step": "int64", "value": "float64", "low": "float64", "high": "float64"}
+        return pandas.DataFrame(data).astype(types | {"attempt": "int64"})
+
 
 class LogPage(Stored):
     lines: tuple[LogLine, ...] = Field(description="In order of time.")
@@ -257,6 +280,35 @@ class ExportPublic(Stored):
 
 class ExportPage(Stored):
     items: tuple[ExportPublic, ...]
+
+
+# -- the run card ----------------------------------------------------------------------
+class Work(Stored):
+    """Floating-point operations in 1e18, as the paper's Table 6 counts them (configs/cost.py); not measured."""
+
+    planned: float | None = Field(description="The whole job; null where its kind has no steps to count.")
+    done: float | None = Field(description="Of the steps that count.")
+    repeated: float | None = Field(description="Of steps that were done again after a restart.")
+
+
+class JobCard(Stored):
+    """A run on one page: what was asked, with which versions, data and seeds, what came out, what it cost and lost."""
+
+    schema_version: int = 1
+    made_at: AwareDatetime
+    job: JobPublic
+    data: DatasetCard | None = Field(description="The data set the job was resolved against; null: an export.")
+    trained_data_fingerprint: str | None = Field(description="As the checkpoint's manifest records it.")
+    versions: dict[str, str] = Field(description="Of Python and packages, from a checkpoint's manifest.")
+    manifest_of: str | None = Field(description="The checkpoint these two were read from; null: it left none.")
+    seeds: dict[str, int] = Field(description="Every seed of the job description, by its dotted key.")
+    work: Work
+    curves: tuple[MetricSeries, ...] = Field(description="Joined into few points; those of single ranks left out.")
+    evaluations: tuple[EvaluationReport, ...] = Field(
+        description="Reports of evaluate jobs: its own, or those made of its checkpoints."
+    )
+    checkpoints: tuple[CheckpointPublic, ...]
+    reproduce: tuple[str, ...] = Field(description="What to do to get this run again, in order.")
 
 
 # -- presets, data sets, cluster ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from orchestrator.api import catalog, checkpoints, health, internal, jobs, telem
 from orchestrator.api.deps import Services
 from orchestrator.api.middleware import BodyLimit, RequestLog
 from orchestrator.schemas import DatasetCreate, JobCreate, PlanCreate, Problem, TokenCreate
+from orchestrator.services.exposition import Exposition
 from orchestrator.services.health import ReadinessProbe
 from orchestrator.services.problems import PROBLEM_JSON, install_handlers
 from orchestrator.services.streams import StreamLimit
@@ -54,12 +55,13 @@ def create_app(settings: Settings, db: Database, store: ObjectStore) -> FastAPI:
     )
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
+    app.state.exposition = exposition = Exposition(db)
     for module in (jobs, telemetry, checkpoints, catalog, tokens, health, internal):
         app.include_router(module.router)
     install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit)
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, observe=exposition.observe)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -1,11 +1,14 @@
-"""For probes: alive, and ready. Neither needs a token."""
+"""For probes: alive, and ready, without a token; and for Prometheus, with one."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from orchestrator.api.deps import Viewer
 from orchestrator.schemas import Health, Readiness
+from orchestrator.services.exposition import CONTENT_TYPE, Exposition
 from orchestrator.services.health import ReadinessProbe
+from orchestrator.services.problems import declares
 
 router = APIRouter(tags=["health"])
 
@@ -26,3 +29,19 @@ def readyz(request: Request, response: Response) -> Readiness:
     if not readiness.ready:
         response.status_code = 503
     return readiness
+
+
+@router.get(
+    "/metrics",
+    operation_id="scrape",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **declares(401, 503),
+    },
+)
+def scrape(request: Request, _: Viewer) -> Response:
+    """For Prometheus: jobs by state, the queue, attempts, work lost, the cluster; and the latency of this process's
+    requests."""
+    exposition: Exposition = request.app.state.exposition
+    return Response(exposition.text(), headers={"Content-Type": CONTENT_TYPE})

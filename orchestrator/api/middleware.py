@@ -1,4 +1,5 @@
-"""What happens to every request before a route sees it: a limit on the body, a log line, a safe content type."""
+"""What happens to every request before a route sees it: a limit on the body, a log line, a safe content type; and a
+measurement of it."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ MAX_BODY_BYTES = 1024 * 1024
 # A driver that was cut off delivers a whole spool of points at once.
 MAX_REPORT_BYTES = 8 * 1024 * 1024
 INTERNAL_PREFIX = "/internal/"
+Observe = Callable[[str, str | None, int, float], None]
 
 
 def body_limit(path: str) -> int:
@@ -63,22 +65,24 @@ def _too_large(request: Request, limit: int) -> ASGIApp:
 
 
 class RequestLog:
-    """One structured line per request, without query or headers: those may hold secrets."""
+    """One structured line per request, without query or headers: those may hold secrets. `observe` is told method,
+    route (None: none matched), status and seconds to the first byte."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observe: Observe | None = None) -> None:
         self.app = app
+        self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        status = 500
+        status, answered = 500, None
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answered = message["status"], time.monotonic()
                 # User text must never be taken for HTML.
                 message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
             await send(message)
@@ -86,5 +90,10 @@ class RequestLog:
         try:
             await self.app(scope, receive, noted)
         finally:
-            milliseconds = round((time.monotonic() - started) * 1000, 1)
+            ended = time.monotonic()
+            if self.observe is not None:
+                # The router leaves the route in the scope it was given.
+                route = getattr(scope.get("route"), "path", None)
+                self.observe(scope["method"], route, status, (answered or ended) - started)
+            milliseconds = round((ended - started) * 1000, 1)
             log.info("request", method=scope["method"], path=scope["path"], status=status, ms=milliseconds)

@@ -10,15 +10,16 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from orchestrator.api.deps import JobId, PrintableText, Services, ServicesDep, Viewer
-from orchestrator.schemas import AttemptPublic, EventPage, LogPage, MetricsPublic
-from orchestrator.services import history, logs, metrics
+from orchestrator.schemas import AttemptPublic, EventPage, JobCard, LogPage, MetricsPublic
+from orchestrator.services import cards, history, logs, metric_files, metrics
 from orchestrator.services.auth import Actor, authenticate, require
-from orchestrator.services.problems import declares
+from orchestrator.services.problems import Invalid, declares, field_error
 from orchestrator.services.streams import EventStream
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"])
 EVENT_POLL_S = 0.5
 LOG_POLL_S = 1.0
+DEFAULT_POINTS = 2000
 _SSE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events; `end` is the last one. Reconnect with Last-Event-ID to go on.",
@@ -63,18 +64,48 @@ def stream_events(
     return EventStream(services.streams, actor, follower.poll, _recheck(request, services), interval_s=EVENT_POLL_S)
 
 
-@router.get("/metrics", operation_id="read_metrics", responses=declares(401, 404, 422, 503))
+@router.get(
+    "/metrics",
+    operation_id="read_metrics",
+    response_model=MetricsPublic,
+    responses={
+        200: {
+            "description": "The curves; with format=csv or format=parquet every point, as a file.",
+            "content": {
+                "text/csv": {"schema": {"type": "string"}},
+                "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
+            },
+        },
+        **declares(401, 404, 406, 422, 503),
+    },
+)
 def read_metrics(
     services: ServicesDep,
     _: Viewer,
     job_id: JobId,
     names: Annotated[PrintableText | None, Query(description="Comma-separated; left out: all.")] = None,
-    max_points: Annotated[int, Query(ge=1, le=10_000, description="For each metric.")] = 2000,
-) -> MetricsPublic:
+    max_points: Annotated[
+        int | None, Query(ge=1, le=10_000, description="For each metric (2000). Not for files: they are never joined.")
+    ] = None,
+    format: Annotated[Literal["json", "csv", "parquet"], Query(description="csv, parquet: every point.")] = "json",
+) -> Any:
     """The job's metrics, cut at every resume and joined into at most max_points equal ranges of steps: mean, lowest
-    and highest of each."""
+    and highest of each. As a file: every point."""
     wanted = [name for name in (names or "").split(",") if name]
-    return metrics.read_metrics(services.db, job_id, wanted, max_points)
+    if format == "json":
+        return metrics.read_metrics(services.db, job_id, wanted, max_points or DEFAULT_POINTS)
+    if max_points is not None:
+        errors = [field_error("/max_points", f"does not apply with format={format}", max_points)]
+        raise Invalid(f"max_points does not apply with format={format}: a file holds every point.", errors=errors)
+    headers = {"Content-Disposition": f'attachment; filename="{job_id}-metrics.{format}"'}
+    pieces = metric_files.metrics_file(services.db, job_id, wanted, format)
+    return StreamingResponse(pieces, media_type=metric_files.MEDIA_TYPES[format], headers=headers)
+
+
+@router.get("/card", operation_id="get_card", responses=declares(401, 404, 503))
+def get_card(services: ServicesDep, _: Viewer, job_id: JobId) -> JobCard:
+    """The run on one page: description, versions, data, seeds, curves, evaluations, cost, how to reproduce it."""
+    return cards.make_card(services.db, services.store, job_id)
 
 
 @router.get(

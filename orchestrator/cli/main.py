@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from configs.load import SpecError
-from orchestrator.cli import admin, demo, jobs, output, plan, stack, telemetry, weights
+from orchestrator.cli import admin, demo, jobs, output, plan, report, stack, telemetry, weights
 from orchestrator.cli.follow import Detached
 from orchestrator.cli.options import Wiring
 from orchestrator.client import ApiError, NotConfigured, PatchworkError, Unreachable
@@ -50,6 +50,7 @@ for command, panel in (
     (telemetry.logs, _LOOK),
     (telemetry.metrics, _LOOK),
     (telemetry.events, _LOOK),
+    (report.report, _LOOK),
     (plan.plan, _PLAN),
     (plan.presets, _PLAN),
     (stack.up, _SERVER),

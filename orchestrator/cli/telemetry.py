@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -12,6 +13,7 @@ from configs.wire import LogLine
 from orchestrator.cli import output
 from orchestrator.cli.follow import Detached
 from orchestrator.cli.options import Job, Json, Token, Url, client_for, find_job
+from orchestrator.client import Client
 from orchestrator.schemas import EventPublic
 
 
@@ -89,12 +91,33 @@ def metrics(
     ctx: typer.Context,
     job: Job = "last",
     names: Annotated[list[str] | None, typer.Argument(help="Such as train/loss eval/top1; left out: all.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every point to FILE; - is standard output.")
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", metavar="FILE", help="The same as Parquet, for pandas and others.")
+    ] = None,
     as_json: Json = False,
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Show a job's metrics: last value, range and curve of each."""
+    """Show a job's metrics: last value, range and curve of each; or write every point to a file.
+
+    Examples:
+
+      patchwork metrics last train/loss eval/top1
+
+      patchwork metrics job_... --csv points.csv
+    """
+    if (csv is not None) + (parquet is not None) + as_json > 1:
+        raise typer.BadParameter("give one of --csv, --parquet and --json")
     with client_for(ctx, url, token) as client:
+        if csv is not None:
+            _write_points(client, find_job(client, job).id, names or [], csv, "csv")
+            return
+        if parquet is not None:
+            _write_points(client, find_job(client, job).id, names or [], parquet, "parquet")
+            return
         found = client.jobs.metrics(find_job(client, job).id, names or (), max_points=400)
     if as_json:
         output.print_json(found)
@@ -111,3 +134,20 @@ def metrics(
         output.console().print(f"No such metric; there are: {known_names}" if known_names else "No metrics yet.")
         return
     output.console().print(output.table(("METRIC", "LAST>", "STEP>", "RANGE", "CURVE"), rows))
+
+
+def _write_points(client: Client, job_id: str, names: list[str], path: Path, format: Literal["csv", "parquet"]) -> None:
+    """Write every point to `path`, which appears only when it is whole."""
+    if str(path) == "-":
+        client.jobs.write_metrics(job_id, sys.stdout.buffer, names, format)
+        return
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            num_bytes = client.jobs.write_metrics(job_id, file, names, format)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    output.console().print(f"[bold]{escape(str(path))}[/]: {output.num_bytes(num_bytes)}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
@@ -25,20 +26,25 @@ class Point:
     step: int
     attempt: int
     value: float | None
+    at: datetime | None = None
+    """None where it was not read."""
 
 
 def read_metrics(db: Database, job_id: str, names: Sequence[str], max_points: int) -> MetricsPublic:
     """The job's metrics `names` (none given: all), each as at most `max_points` points. Raises NotFound."""
     with db.reader() as session:
         find_job(session, job_id)
-        known = session.scalars(
-            select(MetricRow.name).where(MetricRow.job_id == job_id).distinct().order_by(MetricRow.name)
-        )
-        all_names = tuple(known)
+        all_names = metric_names(session, job_id)
         wanted = [name for name in all_names if not names or name in names][:MAX_NAMES]
-        in_lineage = _in_lineage(_last_valid_steps(session, job_id))
-        series = tuple(_read_series(session, job_id, name, in_lineage, max_points) for name in wanted)
+        counted = in_lineage(last_valid_steps_of(session, job_id))
+        series = tuple(_read_series(session, job_id, name, counted, max_points) for name in wanted)
     return MetricsPublic(job_id=job_id, names=all_names, series=series)
+
+
+def metric_names(session: Session, job_id: str) -> tuple[str, ...]:
+    """Every metric the job has reported, sorted."""
+    query = select(MetricRow.name).where(MetricRow.job_id == job_id).distinct().order_by(MetricRow.name)
+    return tuple(session.scalars(query))
 
 
 def last_valid_steps(from_steps: Mapping[int, int]) -> dict[int, int | None]:
@@ -120,12 +126,13 @@ class _Columns:
         )
 
 
-def _last_valid_steps(session: Session, job_id: str) -> dict[int, int | None]:
+def last_valid_steps_of(session: Session, job_id: str) -> dict[int, int | None]:
+    """`last_valid_steps` of the job's attempts as they are now."""
     rows = session.execute(select(AttemptRow.number, AttemptRow.from_step).where(AttemptRow.job_id == job_id))
     return last_valid_steps({row.number: row.from_step for row in rows})
 
 
-def _in_lineage(limits: Mapping[int, int | None]) -> ColumnElement[bool]:
+def in_lineage(limits: Mapping[int, int | None]) -> ColumnElement[bool]:
     """The points that count, as a condition: one clause per attempt that was cut, one for all others."""
     cut = {attempt: limit for attempt, limit in limits.items() if limit is not None}
     clauses = [and_(MetricRow.attempt == attempt, MetricRow.step <= limit) for attempt, limit in cut.items()]
@@ -133,9 +140,9 @@ def _in_lineage(limits: Mapping[int, int | None]) -> ColumnElement[bool]:
 
 
 def _read_series(
-    session: Session, job_id: str, name: str, in_lineage: ColumnElement[bool], max_points: int
+    session: Session, job_id: str, name: str, counted: ColumnElement[bool], max_points: int
 ) -> MetricSeries:
-    where = (MetricRow.job_id == job_id, MetricRow.name == name, in_lineage)
+    where = (MetricRow.job_id == job_id, MetricRow.name == name, counted)
     ends = session.execute(select(func.min(MetricRow.step), func.max(MetricRow.step)).where(*where)).one()
     first: int | None = ends[0]
     last: int | None = ends[1]
@@ -144,10 +151,10 @@ def _read_series(
     query = select(MetricRow.step, MetricRow.attempt, MetricRow.value).where(*where)
     rows = session.execute(query.order_by(MetricRow.step, MetricRow.attempt).execution_options(yield_per=2000))
     points = (Point(step, attempt, value) for step, attempt, value in rows)
-    return downsample(_latest_attempts(points), name, first, last, max_points)
+    return downsample(latest_attempts(points), name, first, last, max_points)
 
 
-def _latest_attempts(points: Iterable[Point]) -> Iterator[Point]:
+def latest_attempts(points: Iterable[Point]) -> Iterator[Point]:
     """Of points with the same step only the last: the highest attempt's."""
     held: Point | None = None
     for point in points:

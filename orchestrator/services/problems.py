@@ -8,6 +8,7 @@
     │   ├── WrongState          409     wrong_state             says the job's state and what is allowed in it
     │   ├── KeyReused           409     idempotency_key_reused
     │   └── Fenced              409     attempt_fenced          this attempt may not speak for the job any more
+    ├── NotAcceptable           406     not_acceptable          this server cannot write the format
     ├── PreconditionFailed      412     precondition_failed
     ├── TooLarge                413     body_too_large
     ├── RangeNotSatisfiable     416     range_not_satisfiable
@@ -83,6 +84,10 @@ class Forbidden(ApiError):
 
 class NotFound(ApiError):
     status, code = 404, "not_found"
+
+
+class NotAcceptable(ApiError):
+    status, code = 406, "not_acceptable"
 
 
 class Conflict(ApiError):
@@ -264,6 +269,7 @@ _DESCRIPTIONS = {
     401: "No token, or not a valid one.",
     403: "The token's role does not allow this.",
     404: "There is no such thing.",
+    406: "This server cannot write that format.",
     409: "The state does not allow this.",
     412: "If-Match names another version.",
     413: "The body is larger than allowed.",
