@@ -122,7 +122,7 @@ def _print_ready(out: Console, directory: DataDir) -> None:
     option = "" if directory.path == default_data_dir().expanduser().absolute() else f" --data-dir {directory.path}"
     if option:
         out.print(f"  [dim]for the commands below: export PATCHWORK_DATA_DIR={directory.path}[/]")
-    out.print(f"Patchwork is ready at [bold]{client[0]}[/] (API: {client[0]}/docs)")
+    out.print(f"Patchwork is ready at [bold]{client[0]}[/] (API: {client[0]}/openapi.json)")
     out.print(f"  token      in {directory.client_file}; commands on this machine find it")
     out.print("  train      patchwork submit --preset demo/fashion-mnist-pretrain --follow")
     out.print("  look       patchwork list, show, logs -f, metrics")
