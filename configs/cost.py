@@ -103,8 +103,8 @@ def train_flops_per_image(config: VitConfig) -> int:
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 def optimizer_bytes_per_parameter(optimizer: str) -> int:
-    """Adam keeps two fp32 moments, SGD with momentum one."""
-    return {"adamw": 2, "sgd": 1}[optimizer] * FP32
+    """Adam and LAMB keep two fp32 moments, SGD with momentum one."""
+    return {"adamw": 2, "lamb": 2, "sgd": 1}[optimizer] * FP32
 
 
 def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: str) -> int:

@@ -135,7 +135,7 @@ def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[F
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    for field in (*SIZE_FIELDS, "in_channels", "pool"):
+    for field in (*SIZE_FIELDS, "in_channels", "pool", "pos_embed"):
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
         if is_given and given != theirs:

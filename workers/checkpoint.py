@@ -44,7 +44,7 @@ from configs.states import Desired
 from configs.wire import Manifest, ParentCut, Preprocess, ShardFile, TensorSlice
 from workers.control import ControlWord, Word
 from workers.distributed import Ranks
-from workers.owned import HasDeepSpeed, begin_load, finish_load, moment, moment_names, owned, shapes
+from workers.owned import HasDeepSpeed, Owned, begin_load, finish_load, moment, moment_names, owned, shapes
 from workers.report import Reporter
 from workers.shards import CheckpointCorrupt, RankFiles, ShardBuffer, Wanted, read_into
 from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError
@@ -346,29 +346,29 @@ def load(engine: HasDeepSpeed, store: ObjectStore, prefix: str, training_fingerp
     wanted = [
         Wanted(run.name, kind, run.start, run.of(tensor))
         for run in owned(engine)
-        for kind, tensor in _tensors(engine, run.flat)
+        for kind, tensor in _tensors(engine, run)
     ]
     read_into(store, prefix, manifest, wanted)
     finish_load(engine, manifest.optimizer_step)
     return Progress(manifest.step, manifest.skipped_steps, manifest.nonfinite_steps)
 
 
-def _tensors(engine: HasDeepSpeed, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The weights of `flat` and their moments, each with its kind."""
-    yield _WEIGHT, flat
-    for name in moment_names(engine):
-        yield name, moment(engine, flat, name)
+def _tensors(engine: HasDeepSpeed, run: Owned) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold this run of the weights and of their moments, each with its kind."""
+    yield _WEIGHT, run.flat
+    if not run.is_frozen:
+        for name in moment_names(engine):
+            yield name, moment(engine, run.flat, name)
 
 
 def _buffers(engine: HasDeepSpeed, ranks: Ranks) -> tuple[ShardBuffer, ShardBuffer]:
     """This rank's two shard files, in the order of `owned`."""
-    weights = [
-        TensorSlice(key=run.name, name=run.name, kind=_WEIGHT, start=run.start, numel=run.numel)
-        for run in owned(engine)
-    ]
+    runs = list(owned(engine))
+    weights = [TensorSlice(key=run.name, name=run.name, kind=_WEIGHT, start=run.start, numel=run.numel) for run in runs]
     moments = [
-        TensorSlice(key=f"{kind}/{piece.name}", name=piece.name, kind=kind, start=piece.start, numel=piece.numel)
-        for piece in weights
+        TensorSlice(key=f"{kind}/{run.name}", name=run.name, kind=kind, start=run.start, numel=run.numel)
+        for run in runs
+        if not run.is_frozen
         for kind in moment_names(engine)
     ]
     suffix = f"{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
@@ -381,7 +381,7 @@ def _buffers(engine: HasDeepSpeed, ranks: Ranks) -> tuple[ShardBuffer, ShardBuff
 
 def _stage(engine: HasDeepSpeed, buffers: tuple[ShardBuffer, ...]) -> None:
     """Copy what this rank owns into its shard files."""
-    runs = {run.name: (run, dict(_tensors(engine, run.flat))) for run in owned(engine)}
+    runs = {run.name: (run, dict(_tensors(engine, run))) for run in owned(engine)}
     for buffer in buffers:
         for piece, slot in buffer.slots():
             run, tensors = runs[piece.name]
