@@ -219,21 +219,24 @@ def largest_micro_batch(
     precision: Precision,
     checkpointing: bool,
     memory_gib: float | None,
+    even: bool = False,
 ) -> int | None:
     """The largest micro-batch that divides each worker's share of the batch at every world size and fits into memory
     at the smallest one; None if not even one image does.
 
     Args:
         memory_gib: of the GPU; None: CPU, where up to 128 images are taken.
+        even: take even numbers only.
     """
     sizes = sorted(set(world_sizes))
     share = 0
     for world_size in sizes:
         share = gcd(share, global_batch_size // world_size)
+    candidates = [d for d in divisors(share) if not (even and d % 2)]
     if memory_gib is None:
-        return next(d for d in divisors(share) if d <= MAX_CPU_MICRO_BATCH)
+        return next((d for d in candidates if d <= MAX_CPU_MICRO_BATCH), None)
     budget = (memory_gib * USABLE - FIXED_GIB) * GIB - state_bytes(config, zero_stage, sizes[0], optimizer)
     return next(
-        (d for d in divisors(share) if activation_bytes(config, d, precision, checkpointing) <= budget),
+        (d for d in candidates if activation_bytes(config, d, precision, checkpointing) <= budget),
         None,
     )

@@ -183,7 +183,7 @@ def _micro_batch(
     assert pinned != "auto"
     if asked.train.micro_batch_size != "auto" and share % pinned == 0:
         return pinned
-    return _largest(spec, config, spec.zero.stage, world_size, memory_gib) or 1
+    return _largest(spec, config, spec.zero.stage, world_size, memory_gib) or (1 if spec.data.mix is None else 2)
 
 
 def _largest(spec: TrainingJob, config: VitConfig, stage: int, world_size: int, memory_gib: float | None) -> int | None:
@@ -196,6 +196,7 @@ def _largest(spec: TrainingJob, config: VitConfig, stage: int, world_size: int, 
         precision=spec.train.precision,
         checkpointing=spec.train.activation_checkpointing,
         memory_gib=memory_gib,
+        even=spec.data.mix is not None,
     )
 
 

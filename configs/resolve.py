@@ -214,7 +214,7 @@ def _count(data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> int
 
 
 def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int:
-    """The largest that fits the job's accelerator; 1 if by the cost model nothing does (the plan then says so)."""
+    """The largest that fits the job's accelerator; the smallest if by the cost model none does, as the plan says."""
     gpu = GPUS.get(spec.resources.accelerator or "")
     memory_gib = None
     if spec.resources.gpus_per_worker > 0:
@@ -228,8 +228,9 @@ def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int
         precision=spec.train.precision,
         checkpointing=spec.train.activation_checkpointing,
         memory_gib=memory_gib,
+        even=spec.data.mix is not None,
     )
-    return found or 1
+    return found or (1 if spec.data.mix is None else 2)
 
 
 # -- durations ---------------------------------------------------------------------------------------------------------

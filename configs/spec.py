@@ -59,6 +59,14 @@ class _TrainingJob(_Job):
                         f"train.micro_batch_size {micro} does not divide the {batch // n} images that each of {n} "
                         f"workers takes of train.global_batch_size {batch}"
                     )
+        if self.data.mix is not None:
+            odd = next((n for n in allowed if (batch // n) % 2), None)
+            if odd is not None:
+                raise ValueError(
+                    f"data.mix pairs images: train.global_batch_size {batch} gives each of {odd} workers an odd number"
+                )
+            if micro != "auto" and micro % 2:
+                raise ValueError(f"data.mix pairs images: train.micro_batch_size {micro} must be even")
         channels = {1, self.model.in_channels}
         for field in ("mean", "std"):
             count = len(getattr(self.data, field))

@@ -41,12 +41,34 @@ def test_an_old_job_loads_and_is_the_job_of_today() -> None:
         ({"optim__layer_decay": 0.7, "optim__train": "head"}, "layer_decay does not apply"),
         ({"optim__layer_decay": 1.5}, "layer_decay"),
         ({"train__loss": "bce", "train__label_smoothing": 0.1}, "label_smoothing does not apply to loss: bce"),
+        ({"data__augment": {"randaugment": {}, "three_augment": True}}, "exclude one another"),
+        ({"data__augment": {"randaugment": {"ops": "timm", "magnitude": 15}}}, "ops timm takes at most 10"),
+        ({"data__augment": {"randaugment": {"magnitude_std": 0.5}}}, "does not apply to ops torchvision"),
+        ({"data__augment": {"randaugment": {"ops": "imgaug"}}}, "imgaug"),
+        ({"data__mix": {}}, "give mixup or cutmix"),
+        ({"data__mix": {"mixup": 0.2, "cutmix_share": 0.3}}, "cutmix_share applies where both"),
+        ({"data__mix": {"mixup": 0.2}, "train__micro_batch_size": 1}, "micro_batch_size 1 must be even"),
+        ({"data__mix": {"mixup": 0.2}, "train__global_batch_size": 62}, "each of 2 workers an odd number"),
         ({"model__pos_embed": "sincos2d", "model__embed_dim": 30}, "multiple of 4"),
     ],
 )
 def test_what_does_not_apply_is_refused(overrides: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         job(PRETRAIN, **overrides)
+
+
+def test_mixing_pins_an_even_micro_batch() -> None:
+    for batch in (4, 12, 100, 1000):
+        micro = resolve(job(PRETRAIN, train__global_batch_size=batch, data__mix={"mixup": 0.2}), CARD, None)
+        assert isinstance(micro.train.micro_batch_size, int)
+        assert micro.train.micro_batch_size % 2 == 0
+    # Not even one image fits; the plan says so.
+    raw = PRETRAIN | {
+        "model": {"variant": "H/14", "image_size": 518},
+        "resources": {"workers": 2, "gpus_per_worker": 1, "accelerator": "T4"},
+    }
+    assert resolve(job(raw), CARD, None).train.micro_batch_size == 1
+    assert resolve(job(raw, data__mix={"mixup": 0.2}), CARD, None).train.micro_batch_size == 2
 
 
 def test_a_finetune_takes_over_the_kind_of_positions() -> None:

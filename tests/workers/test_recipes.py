@@ -17,6 +17,9 @@ from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, r
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the fixture holds many runs
 
 STAGES = (0, 1, 2, 3)
+SOURCE = {"type": "synthetic", "num_train": 70, "num_eval": 21, "num_classes": 6, "image_size": 8}
+AUGMENTED = {"randaugment": {"ops": "timm", "magnitude_std": 0.5}, "random_erasing": 0.3, "repeats": 2}
+MIXED = {"source": SOURCE, "mix": {"mixup": 0.8, "cutmix": 1.0}}
 RECIPES: dict[str, dict[str, Any]] = {
     "lamb": {"optim": {"name": "lamb", "lr": 0.05, "weight_decay": 0.1}},
     "lamb, layer decay, bf16": {
@@ -26,6 +29,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layer decay": {"optim": {"name": "adamw", "lr": 0.02, "weight_decay": 0.1, "layer_decay": 0.6}},
     "head": {"optim": {"name": "sgd", "lr": 0.5, "train": "head"}, "model": {"head_bias_init": -1.0}},
     "attention, sincos2d": {"optim": {"train": "attention"}, "model": {"pos_embed": "sincos2d"}},
+    "mixup and cutmix": {
+        "data": MIXED,
+        "train": {"label_smoothing": 0.1},
+        "optim": {"lr": 0.02},
+    },
+    "bce, mixed": {"data": MIXED, "train": {"loss": "bce"}, "optim": {"lr": 0.02}},
+    "augmented": {"data": {"source": SOURCE, "augment": AUGMENTED}, "optim": {"lr": 0.02}},
     "bce": {"train": {"loss": "bce"}, "optim": {"lr": 0.02}},
 }
 VARIANTS = [(name, stage) for name in RECIPES for stage in STAGES]
@@ -88,6 +98,17 @@ def test_frozen_weights_stay_and_have_no_moments(runs: Any, name: str, stage: in
         assert "pos_embed" not in changed
         assert {"head.weight", "blocks.1.attn.qkv.weight"} <= changed
         assert not any(".mlp." in weight or ".norm" in weight for weight in changed)
+
+
+def test_mixing_does_not_depend_on_workers_and_micro_batches(runs: Any, tmp_path: Path) -> None:
+    steady = {"dropout": 0.0, "drop_path": 0.0}
+    losses = []
+    for world_size, micro in ((1, 16), (1, 2), (2, 4)):
+        spec = tiny_spec(model=steady, data=MIXED, train={"micro_batch_size": micro, "label_smoothing": 0.1})
+        attempt = make_attempt(spec, world_size, 10 * world_size + micro)
+        losses.append(run_ranks(world_size, run_attempts, [Run(attempt)], str(tmp_path))[0][0].losses)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_recipes_learn_and_differ(runs: Any) -> None:
