@@ -229,6 +229,7 @@ def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int
         checkpointing=spec.train.activation_checkpointing,
         memory_gib=memory_gib,
         even=spec.data.mix is not None,
+        ema=spec.train.ema_decay is not None,
     )
     return found or (1 if spec.data.mix is None else 2)
 
@@ -359,7 +360,18 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
     """
     document = spec.model_dump(mode="json")
     kept: dict[str, Any] = {"kind": spec.kind, "data_fingerprint": data_fingerprint}
-    for part in ("model", "data", "optim", "schedule", "train", "init_from", "image_size", "precision", "format"):
+    for part in (
+        "model",
+        "data",
+        "optim",
+        "schedule",
+        "train",
+        "init_from",
+        "image_size",
+        "precision",
+        "format",
+        "weights",
+    ):
         value = document.get(part)
         if isinstance(value, dict):
             value = {field: v for field, v in value.items() if field not in _NOT_TRAINING.get(part, ())}

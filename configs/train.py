@@ -16,6 +16,7 @@ Amount = Annotated[float, Field(gt=0.0, le=1e15)]
 
 
 TrainedPart = Literal["all", "head", "attention"]
+Weights = Literal["raw", "ema"]
 Loss = Literal["softmax", "sigmoid", "bce"]
 
 
@@ -90,7 +91,9 @@ class Train(Strict):
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     seed: Seed = 0
-    ema_decay: None = Field(None, description="Not available yet.")
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="Keep a moving average of the weights with this decay per step, such as 0.9999."
+    )
     activation_checkpointing: bool = False
     compile: Literal[False] = Field(False, description="Not available yet.")
     max_nonfinite_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
@@ -141,8 +144,21 @@ class Eval(Every):
     """Evaluation on the held-out or eval split at this cadence, and at the end unless `at_end` is false."""
 
     at_end: bool = True
+    weights: Weights = Field("raw", description="ema: evaluate the moving average of the weights.")
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(256, description="Images per rank and forward pass.")
     few_shot: tuple[()] = Field((), description="Not available yet.")
 
 
-__all__ = ["Checkpoint", "Eval", "Every", "Fraction", "Loss", "Optim", "Schedule", "Train", "TrainedPart", "Zero"]
+__all__ = [
+    "Checkpoint",
+    "Eval",
+    "Every",
+    "Fraction",
+    "Loss",
+    "Optim",
+    "Schedule",
+    "Train",
+    "TrainedPart",
+    "Weights",
+    "Zero",
+]

@@ -31,6 +31,7 @@ from workers.control import LEAVES_WITH, ControlWord
 from workers.data.loader import TrainLoader, normalise
 from workers.data.mix import apply_mixing, draw_mixing
 from workers.distributed import Ranks
+from workers.ema import WeightAverage
 from workers.engine import Engine
 from workers.outcome import RankOutcome
 from workers.randomness import seed_micro_step
@@ -51,6 +52,7 @@ def train(
     ranks: Ranks,
     reporter: Reporter,
     start: Progress,
+    average: WeightAverage | None = None,
 ) -> RankOutcome:
     """Train a resolved job from `start` to its last step, an order to leave, or a failure.
 
@@ -116,6 +118,8 @@ def train(
             loss += micro_loss.detach() / len(micro_batches)
             samples_crc32 = zlib.crc32(batch.sample_ids.numpy().tobytes(), samples_crc32)
         update = engine.step(lr)
+        if average is not None and update.applied:
+            average.update()
         progress = _advance(progress, update.applied)
         throughput.add(time.perf_counter() - started, loader.wait_s - waited_before)
 

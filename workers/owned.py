@@ -145,18 +145,40 @@ def finish_load(engine: HasDeepSpeed, optimizer_step: int) -> None:
     for flat in _flats(engine):
         if "step" in optimizer.state[flat]:
             optimizer.state[flat]["step"].fill_(float(optimizer_step))
-    zero = engine.deepspeed.optimizer
-    for p in _replicated(engine):
-        _add_bits(p.detach())
     if engine.zero_stage == 0:
         for flat in _flats(engine):
             for name in moment_names(engine):
                 _add_bits(moment(engine, flat, name))
-    elif engine.zero_stage == 3:
+    for p in _replicated(engine):
+        _add_bits(p.detach())
+    _publish_partitions(engine)
+
+
+@torch.no_grad()
+def publish_weights(engine: HasDeepSpeed) -> None:
+    """Bring the model's weights, on all ranks, in line with what each rank has written to what it owns (collective)."""
+    runs = {run.name: run for run in owned(engine)} if _replicated(engine) else {}
+    for name, p in engine.deepspeed.module.named_parameters():
+        if not _is_replicated(engine, p):
+            continue
+        flat, run = p.detach().view(-1), runs.get(name)
+        start, end = (0, 0) if run is None else (run.start, run.start + run.numel)
+        flat[:start].zero_()
+        flat[end:].zero_()
+        _add_bits(flat)
+    _publish_partitions(engine)
+
+
+def _publish_partitions(engine: HasDeepSpeed) -> None:
+    """From the flat fp32 tensors to the model's weights, at stages 1 to 3."""
+    zero = engine.deepspeed.optimizer
+    if engine.zero_stage == 3:
+        # A forward pass leaves gathered weights behind for the next one, which would not see the new ones.
+        zero._partition_all_parameters()
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
             zero._unflatten_partitioned_parameters(index)
-    else:
+    elif engine.zero_stage > 0:
         zero.update_lp_params()
 
 
@@ -168,9 +190,11 @@ def _add_bits(tensor: Tensor) -> None:
 
 def _replicated(engine: HasDeepSpeed) -> list[Tensor]:
     """The parameters that every rank holds whole and that no partition stands behind."""
-    if engine.zero_stage == 3:
-        return []
-    return [p for p in engine.deepspeed.module.parameters() if engine.zero_stage == 0 or not p.requires_grad]
+    return [p for p in engine.deepspeed.module.parameters() if _is_replicated(engine, p)]
+
+
+def _is_replicated(engine: HasDeepSpeed, p: Tensor) -> bool:
+    return engine.zero_stage == 0 or (engine.zero_stage < 3 and not p.requires_grad)
 
 
 def _torch_optimizer(engine: HasDeepSpeed) -> Optimizer:

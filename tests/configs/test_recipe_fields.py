@@ -45,6 +45,8 @@ def test_an_old_job_loads_and_is_the_job_of_today() -> None:
         ({"data__augment": {"randaugment": {"ops": "timm", "magnitude": 15}}}, "ops timm takes at most 10"),
         ({"data__augment": {"randaugment": {"magnitude_std": 0.5}}}, "does not apply to ops torchvision"),
         ({"data__augment": {"randaugment": {"ops": "imgaug"}}}, "imgaug"),
+        ({"eval__weights": "ema"}, "eval.weights ema needs train.ema_decay"),
+        ({"train__ema_decay": 1.0}, "ema_decay"),
         ({"data__mix": {}}, "give mixup or cutmix"),
         ({"data__mix": {"mixup": 0.2, "cutmix_share": 0.3}}, "cutmix_share applies where both"),
         ({"data__mix": {"mixup": 0.2}, "train__micro_batch_size": 1}, "micro_batch_size 1 must be even"),

@@ -13,6 +13,7 @@ from tests.fakes.dir_store import DirStore
 from tests.ranks import run_ranks
 from tests.workers.attempts import make_attempt, saved_at, tiny_spec
 from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, run_attempts
+from workers.checkpoint import CheckpointMismatch, read_weights
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the fixture holds many runs
 
@@ -36,6 +37,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "bce, mixed": {"data": MIXED, "train": {"loss": "bce"}, "optim": {"lr": 0.02}},
     "augmented": {"data": {"source": SOURCE, "augment": AUGMENTED}, "optim": {"lr": 0.02}},
+    "ema": {
+        "train": {"ema_decay": 0.7},
+        "eval": {"every_steps": 2, "at_end": True, "weights": "ema"},
+        "optim": {"lr": 0.02},
+    },
+    "ema, head": {"train": {"ema_decay": 0.7}, "optim": {"name": "sgd", "lr": 0.5, "train": "head"}},
     "bce": {"train": {"loss": "bce"}, "optim": {"lr": 0.02}},
 }
 VARIANTS = [(name, stage) for name in RECIPES for stage in STAGES]
@@ -81,7 +88,7 @@ def test_resume_is_exact(runs: Any, variant: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", ["head", "attention, sincos2d"])
+@pytest.mark.parametrize("name", ["head", "attention, sincos2d", "ema, head"])
 def test_frozen_weights_stay_and_have_no_moments(runs: Any, name: str, stage: int) -> None:
     store, _, _ = runs
     number = 2 * VARIANTS.index((name, stage)) + 1
@@ -90,14 +97,53 @@ def test_frozen_weights_stay_and_have_no_moments(runs: Any, name: str, stage: in
     changed = {
         name for kind, name in early if kind == "weight" and not torch.equal(early[kind, name], late[kind, name])
     }
-    moved = {name for kind, name in early if kind != "weight"}
+    moved = {name for kind, name in early if kind not in ("weight", "ema")}
     assert changed == moved
-    if name == "head":
+    if name != "attention, sincos2d":
         assert changed == {"head.weight", "head.bias"}
     else:
         assert "pos_embed" not in changed
         assert {"head.weight", "blocks.1.attn.qkv.weight"} <= changed
         assert not any(".mlp." in weight or ".norm" in weight for weight in changed)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_is_of_every_step(runs: Any, stage: int, tmp_path: Path) -> None:
+    """Against weights saved after each step of the same run."""
+    store, whole, _ = runs
+    number = 2 * VARIANTS.index(("ema", stage)) + 1
+    spec = spec_of("ema", stage).model_copy(update={"checkpoint": tiny_spec(checkpoint={"every_steps": 1}).checkpoint})
+    results = run_ranks(2, run_attempts, [Run(make_attempt(spec, 2))], str(tmp_path))[0]
+    assert results[0].losses == whole["ema", stage].losses
+    folder = DirStore(tmp_path)
+    # The first update has the learning rate 0, so the weights of step 1 are those that training starts with.
+    _, state = read_state(folder, saved_at(1).prefix)
+    average = {name: tensor for (kind, name), tensor in state.items() if kind == "weight"}
+    for step in range(1, 7):
+        _, state = read_state(folder, saved_at(step).prefix)
+        average = {name: 0.7 * tensor + 0.3 * state["weight", name] for name, tensor in average.items()}
+    _, last = read_state(store, saved_at(6, number).prefix)
+    for name, tensor in average.items():
+        torch.testing.assert_close(last["ema", name], tensor, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(last["ema", name], last["weight", name])
+
+
+def test_the_average_is_what_is_evaluated(runs: Any, tmp_path: Path) -> None:
+    store, whole, resumed = runs
+    raw = tiny_spec(**(RECIPES["ema"] | {"eval": {"every_steps": 2, "at_end": True}}))
+    plain = run_ranks(2, run_attempts, [Run(make_attempt(raw, 2))], str(tmp_path))[0][0]
+    assert plain.losses == whole["ema", 0].losses, "evaluating the average left its mark on training"
+    for stage in STAGES:
+        losses = whole["ema", stage].metrics["eval/loss"]
+        assert losses == pytest.approx(whole["ema", 0].metrics["eval/loss"], abs=1e-5)
+        assert losses != pytest.approx(plain.metrics["eval/loss"], abs=1e-4)
+        assert resumed["ema", stage].metrics["eval/loss"][6] == losses[6]
+    number = 2 * VARIANTS.index(("ema", 3)) + 1
+    weights, _ = read_weights(store, saved_at(6, number).prefix, "ema")
+    _, state = read_state(store, saved_at(6, number).prefix)
+    assert all(torch.equal(weights[name], state["ema", name]) for name in weights)
+    with pytest.raises(CheckpointMismatch, match=r"without train\.ema_decay"):
+        read_weights(store, saved_at(6, 1).prefix, "ema")
 
 
 def test_mixing_does_not_depend_on_workers_and_micro_batches(runs: Any, tmp_path: Path) -> None:
