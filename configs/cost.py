@@ -103,11 +103,11 @@ def train_flops_per_image(config: VitConfig) -> int:
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 def optimizer_bytes_per_parameter(optimizer: str) -> int:
-    """Adam keeps two fp32 moments, SGD with momentum one."""
-    return {"adamw": 2, "sgd": 1}[optimizer] * FP32
+    """Adam and LAMB keep two fp32 moments, SGD with momentum one."""
+    return {"adamw": 2, "lamb": 2, "sgd": 1}[optimizer] * FP32
 
 
-def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: str) -> int:
+def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: str, ema: bool = False) -> int:
     """Bytes each rank holds between steps, with fp32 parameters (bf16 is autocast: parameters stay fp32).
 
     Per parameter: weight 4, gradient 4, moments 8 (AdamW) or 4 (SGD). A stage partitions over the w workers: 1 the
@@ -122,7 +122,8 @@ def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: 
     weights = FP32 * (shard if zero_stage >= 3 else parameters)
     master = FP32 * shard if zero_stage >= 1 else 0
     gradients = FP32 * (shard if zero_stage >= 2 else parameters)
-    return weights + master + gradients + moments * (shard if zero_stage >= 1 else parameters)
+    average = FP32 * shard if ema else 0  # cut among the ranks at every stage
+    return average + weights + master + gradients + moments * (shard if zero_stage >= 1 else parameters)
 
 
 def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
@@ -195,9 +196,9 @@ def activation_bytes(
     return micro_batch_size * per_image + weight_copy_bytes(config, precision)
 
 
-def checkpoint_bytes(config: VitConfig, optimizer: str) -> int:
-    """Bytes of a checkpoint in the object store: fp32 weights and optimizer moments."""
-    return num_parameters(config) * (FP32 + optimizer_bytes_per_parameter(optimizer))
+def checkpoint_bytes(config: VitConfig, optimizer: str, ema: bool = False) -> int:
+    """Bytes of a checkpoint in the object store: fp32 weights, their moving average if there is one, and moments."""
+    return num_parameters(config) * (FP32 + (FP32 if ema else 0) + optimizer_bytes_per_parameter(optimizer))
 
 
 # -- micro-batches -----------------------------------------------------------------------------------------------------
@@ -219,21 +220,26 @@ def largest_micro_batch(
     precision: Precision,
     checkpointing: bool,
     memory_gib: float | None,
+    even: bool = False,
+    ema: bool = False,
 ) -> int | None:
     """The largest micro-batch that divides each worker's share of the batch at every world size and fits into memory
     at the smallest one; None if not even one image does.
 
     Args:
         memory_gib: of the GPU; None: CPU, where up to 128 images are taken.
+        even: take even numbers only.
+        ema: a moving average of the weights is kept.
     """
     sizes = sorted(set(world_sizes))
     share = 0
     for world_size in sizes:
         share = gcd(share, global_batch_size // world_size)
+    candidates = [d for d in divisors(share) if not (even and d % 2)]
     if memory_gib is None:
-        return next(d for d in divisors(share) if d <= MAX_CPU_MICRO_BATCH)
-    budget = (memory_gib * USABLE - FIXED_GIB) * GIB - state_bytes(config, zero_stage, sizes[0], optimizer)
+        return next((d for d in candidates if d <= MAX_CPU_MICRO_BATCH), None)
+    budget = (memory_gib * USABLE - FIXED_GIB) * GIB - state_bytes(config, zero_stage, sizes[0], optimizer, ema)
     return next(
-        (d for d in divisors(share) if activation_bytes(config, d, precision, checkpointing) <= budget),
+        (d for d in candidates if activation_bytes(config, d, precision, checkpointing) <= budget),
         None,
     )

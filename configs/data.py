@@ -62,6 +62,25 @@ class Holdout(Strict):
     seed: Seed = 0
 
 
+class RandAugment(Strict):
+    """RandAugment in the dialect of one code base: operations and what a magnitude means are its own."""
+
+    ops: Literal["torchvision", "big_vision", "timm"] = "torchvision"
+    num_ops: Annotated[int, Field(ge=1, le=10)] = 2
+    magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = Field(
+        9.0, description="torchvision: 0 to 30; timm: 0 to 10; big_vision: 10 is its scale, more is allowed."
+    )
+    magnitude_std: Annotated[float, Field(ge=0.0, le=10.0)] = Field(0.0, description="timm only.")
+
+    @model_validator(mode="after")
+    def _check_magnitude(self) -> Self:
+        if self.ops == "timm" and self.magnitude > 10.0:
+            raise ValueError(f"magnitude {self.magnitude:g}: ops timm takes at most 10")
+        if self.ops != "timm" and self.magnitude_std > 0.0:
+            raise ValueError(f"magnitude_std does not apply to ops {self.ops}")
+        return self
+
+
 class Augment(Strict):
     """Training augmentation; each sample's is a pure function of (seed, epoch, sample index)."""
 
@@ -70,6 +89,15 @@ class Augment(Strict):
     )
     crop_area: tuple[Fraction, Fraction] = Field((0.05, 1.0), description="Area range of the Inception crop.")
     flip: bool = True
+    randaugment: RandAugment | None = None
+    three_augment: bool = Field(False, description="One of greyscale, solarise and blur for each image (DeiT-III).")
+    color_jitter: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="Brightness, contrast and saturation change by up to this share."
+    )
+    random_erasing: Fraction = Field(0.0, description="Probability that a box of an image becomes noise.")
+    repeats: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="Views of each image in a batch; an epoch then visits so many times fewer images."
+    )
 
     @model_validator(mode="after")
     def _check_area(self) -> Self:
@@ -78,6 +106,36 @@ class Augment(Strict):
             raise ValueError(f"crop_area {list(self.crop_area)}: expected 0 < low <= high <= 1")
         if self.crop == "resize" and "crop_area" in self.model_fields_set and self.crop_area != (0.05, 1.0):
             raise ValueError("crop_area applies to crop: inception only")
+        if self.randaugment is not None and self.three_augment:
+            raise ValueError("three_augment and randaugment exclude one another")
+        return self
+
+    @property
+    def distorts(self) -> bool:
+        """Whether anything but crop and flip is asked for."""
+        return (
+            self.randaugment is not None or self.three_augment or self.color_jitter > 0.0 or self.random_erasing > 0.0
+        )
+
+
+Alpha = Annotated[float, Field(ge=0.0, le=2.0)]
+
+
+class Mix(Strict):
+    """Mixup and cutmix between samples 2i and 2i + 1 of the global batch, with one draw per step. With both, each step
+    does one of them."""
+
+    mixup: Alpha = Field(0.0, description="Shares are drawn from Beta(mixup, mixup); 0: off.")
+    cutmix: Alpha = Field(0.0, description="Shares are drawn from Beta(cutmix, cutmix); 0: off.")
+    cutmix_share: Fraction = Field(0.5, description="Of the steps, where both are on.")
+    probability: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Of a step to be mixed at all.")
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        if self.mixup == self.cutmix == 0.0:
+            raise ValueError("give mixup or cutmix, or leave mix out")
+        if self.cutmix_share != 0.5 and 0.0 in (self.mixup, self.cutmix):
+            raise ValueError("cutmix_share applies where both mixup and cutmix are on")
         return self
 
 
@@ -90,6 +148,7 @@ class DataConfig(Strict):
     subset: Subset | None = None
     holdout: Holdout | None = None
     augment: Augment = Augment()
+    mix: Mix | None = Field(None, description="Mixup and cutmix; none: neither.")
     eval_crop: Literal["resize", "center"] = Field(
         "resize", description="resize: direct square resize (official); center: resize to 8/7, central crop."
     )

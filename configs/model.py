@@ -19,6 +19,7 @@ Head = Literal["linear", "mlp"]
 Pool = Literal["cls", "gap"]
 Gelu = Literal["tanh", "exact"]
 HeadBias = Annotated[float, Field(ge=-50.0, le=50.0)]
+PosEmbed = Literal["learned", "sincos2d"]
 PosResize = Literal["official", "bilinear", "bicubic", "bicubic_antialias", "bicubic_aligned"]
 """How position embeddings are resized to another grid (which code does what: docs/models.md):
 official = bilinear, corners aligned (google-research/vision_transformer); bilinear = timm's npz import;
@@ -88,7 +89,7 @@ class ModelConfig(Strict):
         0.0, description="Rate of the last block; linear from 0."
     )
     gelu: Gelu = "tanh"
-    pos_embed: Literal["learned"] = "learned"
+    pos_embed: PosEmbed = Field("learned", description="sincos2d: fixed sines and cosines (big_vision).")
     pos_resize: PosResize = "official"
 
     @model_validator(mode="before")
@@ -119,6 +120,8 @@ class ModelConfig(Strict):
             raise ValueError(f"sizes are incomplete: {', '.join(missing)} missing beside {', '.join(given)}")
         if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.pos_embed == "sincos2d" and self.embed_dim is not None and (self.embed_dim % 4 or self.embed_dim < 8):
+            raise ValueError(f"pos_embed sincos2d needs an embed_dim that is a multiple of 4, got {self.embed_dim}")
         if self.patch_size is not None:
             for side in self.image_hw:
                 if side % self.patch_size:
@@ -160,7 +163,7 @@ class VitConfig(Strict):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     gelu: Gelu = "tanh"
-    pos_embed: Literal["learned"] = "learned"
+    pos_embed: PosEmbed = "learned"
     pos_resize: PosResize = "official"
 
     @property

@@ -169,7 +169,7 @@ def _plan_training(
         hours=hours,
         gpu_hours=hours * world_size if hours else None,
         error_band_pct=ERROR_BAND_PCT if rate else None,
-        checkpoint_bytes=checkpoint_bytes(config, spec.optim.name),
+        checkpoint_bytes=checkpoint_bytes(config, spec.optim.name, spec.train.ema_decay is not None),
         notes=tuple(_notes(spec, card, device, memory_gib, stages, rate, world_size)),
     )
 
@@ -183,7 +183,7 @@ def _micro_batch(
     assert pinned != "auto"
     if asked.train.micro_batch_size != "auto" and share % pinned == 0:
         return pinned
-    return _largest(spec, config, spec.zero.stage, world_size, memory_gib) or 1
+    return _largest(spec, config, spec.zero.stage, world_size, memory_gib) or (1 if spec.data.mix is None else 2)
 
 
 def _largest(spec: TrainingJob, config: VitConfig, stage: int, world_size: int, memory_gib: float | None) -> int | None:
@@ -196,13 +196,15 @@ def _largest(spec: TrainingJob, config: VitConfig, stage: int, world_size: int, 
         precision=spec.train.precision,
         checkpointing=spec.train.activation_checkpointing,
         memory_gib=memory_gib,
+        even=spec.data.mix is not None,
+        ema=spec.train.ema_decay is not None,
     )
 
 
 def _stage(
     spec: TrainingJob, config: VitConfig, stage: int, world_size: int, micro: int, memory_gib: float | None
 ) -> StagePlan:
-    state = state_bytes(config, stage, world_size, spec.optim.name) / GIB
+    state = state_bytes(config, stage, world_size, spec.optim.name, spec.train.ema_decay is not None) / GIB
     activations = activation_bytes(config, micro, spec.train.precision, spec.train.activation_checkpointing) / GIB
     total = state + activations + (FIXED_GIB if memory_gib is not None else 0.0)
     return StagePlan(

@@ -135,7 +135,7 @@ def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[F
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    for field in (*SIZE_FIELDS, "in_channels", "pool", "gelu"):
+    for field in (*SIZE_FIELDS, "in_channels", "pool", "gelu", "pos_embed"):
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
         if is_given and given != theirs:
@@ -212,7 +212,7 @@ def _count(data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> int
 
 
 def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int:
-    """The largest that fits the job's accelerator; 1 if by the cost model nothing does (the plan then says so)."""
+    """The largest that fits the job's accelerator; the smallest if by the cost model none does, as the plan says."""
     gpu = GPUS.get(spec.resources.accelerator or "")
     memory_gib = None
     if spec.resources.gpus_per_worker > 0:
@@ -226,8 +226,10 @@ def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int
         precision=spec.train.precision,
         checkpointing=spec.train.activation_checkpointing,
         memory_gib=memory_gib,
+        even=spec.data.mix is not None,
+        ema=spec.train.ema_decay is not None,
     )
-    return found or 1
+    return found or (1 if spec.data.mix is None else 2)
 
 
 # -- durations ---------------------------------------------------------------------------------------------------------
@@ -356,7 +358,18 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
     """
     document = spec.model_dump(mode="json")
     kept: dict[str, Any] = {"kind": spec.kind, "data_fingerprint": data_fingerprint}
-    for part in ("model", "data", "optim", "schedule", "train", "init_from", "image_size", "precision", "format"):
+    for part in (
+        "model",
+        "data",
+        "optim",
+        "schedule",
+        "train",
+        "init_from",
+        "image_size",
+        "precision",
+        "format",
+        "weights",
+    ):
         value = document.get(part)
         if isinstance(value, dict):
             value = {field: v for field, v in value.items() if field not in _NOT_TRAINING.get(part, ())}

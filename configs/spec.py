@@ -10,7 +10,7 @@ from configs.base import Label, Strict
 from configs.data import DataConfig
 from configs.model import ModelConfig
 from configs.service import Queue, Resources, Retry
-from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Zero
+from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Weights, Zero
 
 SPEC_SCHEMA_VERSION: Literal[1] = 1
 NOT_BUILT_KINDS = ("search", "inspect")
@@ -19,6 +19,9 @@ CheckpointRef = Annotated[
     str, StringConstraints(pattern=r"^(ckpt_[0-9A-Za-z_-]{1,80}|job_[0-9A-HJKMNP-TV-Z]{26}/(best|latest))$")
 ]
 """A checkpoint by id (`ckpt_…`), or a job's best or latest one (`job_…/best`)."""
+
+
+WEIGHTS: Weights = Field("raw", description="Which weights of the checkpoint: its own, or their moving average.")
 
 
 class _Job(Strict):
@@ -59,12 +62,22 @@ class _TrainingJob(_Job):
                         f"train.micro_batch_size {micro} does not divide the {batch // n} images that each of {n} "
                         f"workers takes of train.global_batch_size {batch}"
                     )
-        if self.model.head_bias_init != 0.0 and self.train.loss != "sigmoid":
+        if self.model.head_bias_init != 0.0 and self.train.loss not in ("sigmoid", "bce"):
             # Added to every class alike, it changes nothing under a softmax.
             raise ValueError(
-                f"model.head_bias_init {self.model.head_bias_init:g} applies to train.loss sigmoid only, "
+                f"model.head_bias_init {self.model.head_bias_init:g} applies to train.loss sigmoid and bce only, "
                 f"train.loss is {self.train.loss}"
             )
+        if self.eval.weights == "ema" and self.train.ema_decay is None:
+            raise ValueError("eval.weights ema needs train.ema_decay")
+        if self.data.mix is not None:
+            odd = next((n for n in allowed if (batch // n) % 2), None)
+            if odd is not None:
+                raise ValueError(
+                    f"data.mix pairs images: train.global_batch_size {batch} gives each of {odd} workers an odd number"
+                )
+            if micro != "auto" and micro % 2:
+                raise ValueError(f"data.mix pairs images: train.micro_batch_size {micro} must be even")
         channels = {1, self.model.in_channels}
         for field in ("mean", "std"):
             count = len(getattr(self.data, field))
@@ -96,6 +109,7 @@ class FinetuneJob(_TrainingJob):
 
     kind: Literal["finetune"]
     init_from: CheckpointRef
+    weights: Weights = WEIGHTS
 
     @model_validator(mode="after")
     def _head_is_zero(self) -> Self:
@@ -109,6 +123,7 @@ class EvaluateJob(_Job):
 
     kind: Literal["evaluate"]
     init_from: CheckpointRef
+    weights: Weights = WEIGHTS
     data: DataConfig | None = Field(None, description="Left out: the data the checkpoint was trained on.")
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="Left out: the checkpoint's.")
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 256
@@ -120,6 +135,7 @@ class ExportJob(_Job):
 
     kind: Literal["export"]
     init_from: CheckpointRef
+    weights: Weights = WEIGHTS
     format: Literal["safetensors", "timm"] = "safetensors"
 
     @model_validator(mode="after")

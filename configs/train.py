@@ -15,11 +15,16 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(gt=0.0, le=1e15)]
 
 
+TrainedPart = Literal["all", "head", "attention"]
+Weights = Literal["raw", "ema"]
+Loss = Literal["softmax", "sigmoid", "bce"]
+
+
 class Optim(Strict):
-    """AdamW (decoupled decay, on kernels only) or SGD with momentum. Weight decay is torch's: multiplied by the
+    """AdamW (decoupled decay, on kernels only), LAMB, or SGD with momentum. Weight decay is torch's: multiplied by the
     learning rate (big_vision's 1e-4 at lr 1e-3 is 0.1 here)."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lamb"] = "adamw"
     lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
@@ -28,14 +33,20 @@ class Optim(Strict):
     clip_grad_norm: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
         1.0, description="Global norm; null: no clip."
     )
+    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="The learning rate of each layer is this many times that of the layer above it."
+    )
+    train: TrainedPart = Field("all", description="all; head: linear probe; attention: attention, positions and head.")
 
     @model_validator(mode="after")
     def _refuse_unused(self) -> Self:
-        unused = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}}[self.name]
+        unused = {"adamw": {"momentum"}, "lamb": {"momentum"}, "sgd": {"betas", "eps"}}[self.name]
         defaults = type(self).model_fields
         for field in sorted(unused):
             if getattr(self, field) != defaults[field].default:
                 raise ValueError(f"{field} does not apply to {self.name}")
+        if self.layer_decay is not None and self.train == "head":
+            raise ValueError("layer_decay does not apply to train: head, where one layer is trained")
         return self
 
 
@@ -73,16 +84,28 @@ class Train(Strict):
     global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 4096
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: fp32 parameters, bfloat16 autocast.")
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss: Loss = Field(
+        "softmax",
+        description="sigmoid: binary cross-entropy summed over classes; bce: averaged over them, and every class of "
+        "a mixed image counts whole (DeiT-III).",
+    )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     seed: Seed = 0
-    ema_decay: None = Field(None, description="Not available yet.")
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="Keep a moving average of the weights with this decay per step, such as 0.9999."
+    )
     activation_checkpointing: bool = False
     compile: Literal[False] = Field(False, description="Not available yet.")
     max_nonfinite_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
         3, description="Consecutive steps with a non-finite gradient before the job fails with NAN_LOSS."
     )
     log_every_steps: Positive = 10
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.loss == "bce" and self.label_smoothing > 0.0:
+            raise ValueError("label_smoothing does not apply to loss: bce, whose targets are 0 or 1")
+        return self
 
 
 class Zero(Strict):
@@ -121,8 +144,21 @@ class Eval(Every):
     """Evaluation on the held-out or eval split at this cadence, and at the end unless `at_end` is false."""
 
     at_end: bool = True
+    weights: Weights = Field("raw", description="ema: evaluate the moving average of the weights.")
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(256, description="Images per rank and forward pass.")
     few_shot: tuple[()] = Field((), description="Not available yet.")
 
 
-__all__ = ["Checkpoint", "Eval", "Every", "Fraction", "Optim", "Schedule", "Train", "Zero"]
+__all__ = [
+    "Checkpoint",
+    "Eval",
+    "Every",
+    "Fraction",
+    "Loss",
+    "Optim",
+    "Schedule",
+    "Train",
+    "TrainedPart",
+    "Weights",
+    "Zero",
+]

@@ -207,7 +207,7 @@ class TensorSlice(Stored):
     key: str
     name: str
     kind: str
-    """weight, or an optimizer moment: exp_avg, exp_avg_sq, momentum_buffer."""
+    """weight, ema (the moving average of one), or an optimizer moment: exp_avg, exp_avg_sq, momentum_buffer."""
     start: int
     numel: int
 
@@ -216,7 +216,7 @@ class ShardFile(Stored):
     name: str
     """Relative to the checkpoint's prefix."""
     rank: int
-    role: Literal["weights", "optimizer"]
+    role: Literal["weights", "optimizer", "ema"]
     num_bytes: int
     crc32c: tuple[int, ...]
     """Of each block of BLOCK_BYTES."""

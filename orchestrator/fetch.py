@@ -27,6 +27,7 @@ import google_crc32c
 import httpx
 import numpy as np
 
+from configs.train import Weights
 from configs.wire import BLOCK_BYTES, Manifest, ModelFile, ShardFile, TensorSlice
 from orchestrator.client import Client, PatchworkError, Unreachable, check
 
@@ -75,6 +76,7 @@ def fetch(
     folder: Path,
     *,
     force: bool = False,
+    weights: Weights = "raw",
     num_threads: int = 8,
     on_start: Callable[[str, int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -83,6 +85,7 @@ def fetch(
 
     Args:
         force: replace a model that is there.
+        weights: ema for the moving average of the weights, of a job with `train.ema_decay`.
         on_start: told the checkpoint's id and the bytes to come.
         on_bytes: told of every block that is there and verified, in bytes; by several threads.
 
@@ -99,9 +102,12 @@ def fetch(
             )
     checkpoint_id = client.checkpoints.find(reference).id
     manifest = client.checkpoints.manifest(checkpoint_id)
-    shards = [file for file in manifest.files if file.role == "weights"]
+    role = "weights" if weights == "raw" else "ema"
+    shards = [file for file in manifest.files if file.role == role]
+    if not shards:
+        raise FetchError(f"checkpoint {checkpoint_id} holds no moving average: its job had no train.ema_decay")
     total = sum(shard.num_bytes for shard in shards)
-    parts = folder / f".parts-{checkpoint_id}"
+    parts = folder / (f".parts-{checkpoint_id}" if weights == "raw" else f".parts-ema-{checkpoint_id}")
     parts.mkdir(parents=True, exist_ok=True)
     _check_space(folder, 2 * total)
     if on_start is not None:
@@ -110,7 +116,7 @@ def fetch(
         [_Block(s, n, parts / f"{i:05d}") for i, s in enumerate(shards) for n in range(len(s.crc32c))]
     )
     with (parts / WEIGHTS_NAME).open("wb") as file:
-        _assemble(manifest, {shard.name: parts / f"{i:05d}" for i, shard in enumerate(shards)}, file)
+        _assemble(manifest, role, {shard.name: parts / f"{i:05d}" for i, shard in enumerate(shards)}, file)
     _publish(manifest, parts, folder)
     return Fetched(
         folder=folder,
@@ -209,7 +215,7 @@ def _is_right(data: bytes, block: _Block) -> bool:
 
 
 # -- assemble ----------------------------------------------------------------------------------------------------------
-def _assemble(manifest: Manifest, parts: dict[str, Path], out: BinaryIO) -> None:
+def _assemble(manifest: Manifest, role: str, parts: dict[str, Path], out: BinaryIO) -> None:
     """Write one safetensors file of whole tensors from the 1-D runs in the shards; one tensor in memory at a time."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -222,10 +228,9 @@ def _assemble(manifest: Manifest, parts: dict[str, Path], out: BinaryIO) -> None
     out.write(len(text).to_bytes(8, "little") + text)
     pieces: dict[str, list[tuple[Path, int, TensorSlice]]] = {name: [] for name in manifest.tensors}
     for shard in manifest.files:
-        if shard.role == "weights":
+        if shard.role == role:
             for offset, piece in _places(shard):
-                if piece.kind == "weight":
-                    pieces[piece.name].append((parts[shard.name], offset, piece))
+                pieces[piece.name].append((parts[shard.name], offset, piece))
     for name, shape in sorted(manifest.tensors.items()):
         out.write(_whole(name, int(np.prod(shape)), pieces[name]))
 

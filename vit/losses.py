@@ -11,28 +11,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.train import Loss
 
-def classification_loss(
-    logits: Tensor, labels: Tensor, kind: Literal["softmax", "sigmoid"], label_smoothing: float = 0.0
-) -> Tensor:
+
+def classification_loss(logits: Tensor, targets: Tensor, kind: Loss, label_smoothing: float = 0.0) -> Tensor:
     """Mean loss of a batch, an fp32 scalar.
 
     softmax: cross-entropy against the class. sigmoid: binary cross-entropy of every class, summed over classes and
-    averaged over the batch (google-research/big_vision `utils.py`, `sigmoid_xent`). Smoothing s replaces the one-hot
-    target by `onehot * (1 - s) + s / C` for both.
+    averaged over the batch (google-research/big_vision `utils.py`, `sigmoid_xent`). bce: the same averaged over classes
+    too, and every class that is a part of the target counts whole (facebookresearch/deit `--bce-loss`: `targets > 0`).
+    Smoothing s replaces the target t by `t * (1 - s) + s / C` for softmax and sigmoid.
 
     Args:
         logits: (B, C), any float dtype; the loss is computed in fp32.
-        labels: (B,), int64 class numbers.
+        targets: (B,), int64 class numbers; or (B, C), shares of each class that add up to 1.
     """
     logits = logits.float()
     if kind == "softmax":
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    if kind == "sigmoid":
-        num_classes = logits.shape[1]
-        targets = F.one_hot(labels, num_classes).float() * (1.0 - label_smoothing) + label_smoothing / num_classes
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
-    raise ValueError(f"unknown loss {kind!r}: expected softmax or sigmoid")
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    if kind in ("sigmoid", "bce"):
+        losses = binary_losses(logits, targets, kind, label_smoothing)
+        return losses.mean()
+    raise ValueError(f"unknown loss {kind!r}: expected softmax, sigmoid or bce")
+
+
+def binary_losses(
+    logits: Tensor, targets: Tensor, kind: Literal["sigmoid", "bce"], label_smoothing: float = 0.0
+) -> Tensor:
+    """`classification_loss` of each sample, (B,), for the two kinds that look at each class by itself."""
+    num_classes = logits.shape[1]
+    shares = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
+    if kind == "bce":
+        whole = (shares > 0.0).float()
+        return F.binary_cross_entropy_with_logits(logits, whole, reduction="none").mean(dim=1)
+    shares = shares * (1.0 - label_smoothing) + label_smoothing / num_classes
+    return F.binary_cross_entropy_with_logits(logits, shares, reduction="none").sum(dim=1)
 
 
 def count_topk_correct(logits: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:

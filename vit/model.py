@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.model import Gelu, VitConfig
 from configs.wire import Preprocess
 from vit.init import lecun_normal_, normal_, xavier_uniform_
+from vit.pos_embed import sincos2d
 
 LAYER_NORM_EPS = 1e-6
 
@@ -146,7 +147,9 @@ class ViT(nn.Module):
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(patch_size=config.patch_size, in_channels=config.in_channels, embed_dim=dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.pool == "cls" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
+        # Fixed positions are a weight too, so that files hold them as timm's do; nothing ever trains them.
+        learned = config.pos_embed == "learned"
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim), requires_grad=learned)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -205,7 +208,10 @@ class ViT(nn.Module):
         self.patch_embed.init_weights(generator)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
-        normal_(self.pos_embed, 0.02, generator)
+        if self.config.pos_embed == "learned":
+            normal_(self.pos_embed, 0.02, generator)
+        else:
+            self.pos_embed.copy_(sincos2d(self.config.grid, self.config.embed_dim, self.num_prefix))
         for block in self.blocks:
             assert isinstance(block, Block)
             block.init_weights(generator)

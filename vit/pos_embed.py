@@ -1,4 +1,4 @@
-"""Resizing of learned position embeddings to another grid of patches.
+"""Position embeddings: the fixed ones, and resizing of learned ones to another grid of patches.
 
 Every code base has its own convention and they disagree; weights must be resized as the code they are compared with
 does it. docs/models.md has the table.
@@ -35,6 +35,18 @@ METHODS: dict[PosResize, _Interpolation] = {
     # torchvision, interpolate_embeddings.
     "bicubic_aligned": {"mode": "bicubic", "align_corners": True, "antialias": False},
 }
+
+
+def sincos2d(grid: tuple[int, int], embed_dim: int, num_prefix: int) -> Tensor:
+    """Fixed positions, fp32 (1, P + rows * columns, D): sin x, cos x, sin y, cos y, a quarter of D each, at wavelengths
+    from 2 pi to 10000 * 2 pi (google-research/big_vision `models/vit.py`, `posemb_sincos_2d`). Prefix tokens get 0."""
+    rows, columns = grid
+    quarter = embed_dim // 4
+    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    y, x = (side.reshape(-1, 1).double() * omega for side in (y, x))  # (rows * columns, D / 4)
+    patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+    return torch.cat([torch.zeros(num_prefix, embed_dim), patches])[None]
 
 
 def resize_pos_embed(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from configs.model import VitConfig
-from vit.pos_embed import resize_pos_embed
+from vit.pos_embed import resize_pos_embed, sincos2d
 from vit.state import check_weights
 
 BODY_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "in_channels", "pool", "gelu", "pos_embed")
@@ -44,6 +44,8 @@ def resize_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitCo
 
 def _resized_positions(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> Tensor:
     num_prefix = 1 if source.pool == "cls" else 0
+    if target.pos_embed == "sincos2d" and source.grid != target.grid:
+        return sincos2d(target.grid, target.embed_dim, num_prefix)
     return resize_pos_embed(state["pos_embed"], source.grid, target.grid, num_prefix, target.pos_resize)
 
 

@@ -7,6 +7,7 @@ ends them. Errors before the first collective are no different.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import traceback
@@ -36,6 +37,7 @@ from workers.data.corrupt import CorruptImage, OnCorrupt
 from workers.data.loader import EvalLoader, TrainLoader
 from workers.data.open import OpenedData, open_data
 from workers.distributed import Ranks
+from workers.ema import WeightAverage
 from workers.engine import DeepSpeedEngine, build_engine
 from workers.evaluate import evaluate
 from workers.export import export_weights
@@ -86,10 +88,11 @@ def _train(
     assert opened.train is not None
     engine = _build(attempt, spec, config, ranks, store, micro_batch_size)
 
+    average = None if spec.train.ema_decay is None else WeightAverage(engine, spec.train.ema_decay)
     start = Progress()
     if attempt.resume_from is not None:
         reporter.heartbeat("loading", 0)
-        start = load(engine, store, attempt.resume_from.prefix, attempt.training_fingerprint)
+        start = load(engine, store, attempt.resume_from.prefix, attempt.training_fingerprint, average)
         if ranks.is_first:
             checkpoint_id = attempt.resume_from.checkpoint_id
             reporter.event("training.resumed", f"continues from step {start.step}", {"checkpoint_id": checkpoint_id})
@@ -107,11 +110,15 @@ def _train(
     )
 
     def measure(keep_going: Any) -> dict[str, float] | None:
-        with engine.evaluating():
+        averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if spec.eval.weights == "ema":
+            assert average is not None, "the spec asks for train.ema_decay"
+            averaged = average.in_place()
+        with averaged, engine.evaluating():
             return evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
 
     facts = _facts(attempt, spec, config, opened)
-    checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps)
+    checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps, average=average)
     throughput = Throughput(
         reporter,
         ranks,
@@ -134,7 +141,7 @@ def _train(
     )
     with train_loader:
         try:
-            return train(spec, engine, train_loader, measure, checkpointer, throughput, ranks, reporter, start)
+            return train(spec, engine, train_loader, measure, checkpointer, throughput, ranks, reporter, start, average)
         finally:
             checkpointer.close()
 
@@ -151,7 +158,7 @@ def _build(
     if spec.kind == "finetune" and attempt.resume_from is None and ranks.is_first:
         # Rank 0 alone reads the weights: the engine sends its model to all others.
         source = _source(attempt)
-        state, manifest = read_weights(store, source.prefix)
+        state, manifest = read_weights(store, source.prefix, spec.weights)
         model.load_state_dict(model.state_dict() | _transferred(state, manifest.model, config))
     model.set_activation_checkpointing(spec.train.activation_checkpointing)
     return build_engine(model, spec, ranks, micro_batch_size)
@@ -174,7 +181,7 @@ def _evaluate(
 ) -> RankOutcome:
     reporter.heartbeat("loading", 0)
     source = _source(attempt)
-    state, manifest = read_weights(store, source.prefix)
+    state, manifest = read_weights(store, source.prefix, spec.weights)
     config = manifest.model
     if spec.image_size is not None:
         config = config.model_copy(update={"image_size": (spec.image_size, spec.image_size)})
@@ -233,7 +240,7 @@ def _evaluate(
 def _export(attempt: AttemptFile, spec: ExportJob, ranks: Ranks, reporter: Reporter, store: ObjectStore) -> RankOutcome:
     if ranks.is_first:
         reporter.heartbeat("loading", 0)
-        state, manifest = read_weights(store, _source(attempt).prefix)
+        state, manifest = read_weights(store, _source(attempt).prefix, spec.weights)
         reporter.heartbeat("exporting", 0)
         with tempfile.TemporaryDirectory(prefix="patchwork-export-") as folder:
             try:

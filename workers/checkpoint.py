@@ -3,7 +3,8 @@
     checkpoints/step-000000100-a0001/
         shards/weights-00000-of-00002.safetensors     what rank 0 owns of the weights: 1-D fp32 runs (workers/shards.py)
         shards/optimizer-00000-of-00002.safetensors   the same runs of the optimizer's moments
-        shards/rank-00000-of-00002.json               names, sizes and checksums of the two, written after them
+        shards/ema-00000-of-00002.safetensors         the same runs of the weights' moving average, if there is one
+        shards/rank-00000-of-00002.json               names, sizes and checksums of these, written after them
         …                                             the same for every rank
         manifest.json                                 rank 0, when all ranks have uploaded, If-None-Match: *
 
@@ -24,7 +25,7 @@ import concurrent.futures
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,10 +42,12 @@ from configs.layout import checkpoint_prefix, manifest_key
 from configs.model import VitConfig
 from configs.reasons import ExitReason
 from configs.states import Desired
+from configs.train import Weights
 from configs.wire import Manifest, ParentCut, Preprocess, ShardFile, TensorSlice
 from workers.control import ControlWord, Word
 from workers.distributed import Ranks
-from workers.owned import HasDeepSpeed, begin_load, finish_load, moment, moment_names, owned, shapes
+from workers.ema import WeightAverage
+from workers.owned import HasDeepSpeed, Owned, begin_load, finish_load, moment, moment_names, owned, shapes
 from workers.report import Reporter
 from workers.shards import CheckpointCorrupt, RankFiles, ShardBuffer, Wanted, read_into
 from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError
@@ -57,6 +60,7 @@ PATIENCE_S = 10.0
 """How long a save that falls due waits for the one before it."""
 _BEAT_S = 1.0
 _WEIGHT = "weight"
+_EMA = "ema"
 _T = TypeVar("_T")
 
 
@@ -119,6 +123,7 @@ class Checkpointer:
         every_steps: int | None,
         upload_deadline_s: float = UPLOAD_DEADLINE_S,
         patience_s: float = PATIENCE_S,
+        average: WeightAverage | None = None,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -128,7 +133,8 @@ class Checkpointer:
         self._every_steps = every_steps
         self._upload_deadline_s = upload_deadline_s
         self._patience_s = patience_s
-        self._buffers = _buffers(engine, ranks)
+        self._average = average
+        self._buffers = _buffers(engine, ranks, average)
         self._shapes = shapes(engine)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
         self._closed = threading.Event()
@@ -201,7 +207,7 @@ class Checkpointer:
             self._reporter.desired()
 
     def _begin(self, progress: Progress, metrics: dict[str, float]) -> None:
-        _stage(self._engine, self._buffers)
+        _stage(self._engine, self._buffers, self._average)
         self._due = False
         self._num_saves += 1
         self._last_step = progress.step
@@ -307,21 +313,34 @@ def read_manifest(store: ObjectStore, prefix: str) -> Manifest:
         raise CheckpointCorrupt(key, f"not a manifest: {error.errors()[0]['msg']}") from error
 
 
-def read_weights(store: ObjectStore, prefix: str) -> tuple[dict[str, Tensor], Manifest]:
-    """Every weight of a checkpoint, whole, fp32 and on the CPU, with its manifest. The optimizer's files are not read.
+def read_weights(store: ObjectStore, prefix: str, weights: Weights = "raw") -> tuple[dict[str, Tensor], Manifest]:
+    """Every weight of a checkpoint, or the moving average of every one, whole, fp32 and on the CPU, with its manifest.
+    The optimizer's files are not read.
 
     Raises:
+        CheckpointMismatch: it holds no moving average.
         CheckpointCorrupt: an object is missing, torn or altered.
     """
     manifest = read_manifest(store, prefix)
     state = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest.tensors.items()}
-    read_into(store, prefix, manifest, (Wanted(name, _WEIGHT, 0, tensor.view(-1)) for name, tensor in state.items()))
+    kind = _WEIGHT if weights == "raw" else _EMA
+    if weights == "ema" and not any(file.role == "ema" for file in manifest.files):
+        raise CheckpointMismatch(
+            f"weights ema: checkpoint {manifest.checkpoint_id} was trained without train.ema_decay"
+        )
+    read_into(store, prefix, manifest, (Wanted(name, kind, 0, tensor.view(-1)) for name, tensor in state.items()))
     return state, manifest
 
 
-def load(engine: HasDeepSpeed, store: ObjectStore, prefix: str, training_fingerprint: str) -> Progress:
-    """Continue exactly where the checkpoint was taken: weights, moments, step. It may come from another number of
-    workers and another ZeRO stage. All ranks call it (collective); each reads what it owns and no more.
+def load(
+    engine: HasDeepSpeed,
+    store: ObjectStore,
+    prefix: str,
+    training_fingerprint: str,
+    average: WeightAverage | None = None,
+) -> Progress:
+    """Continue exactly where the checkpoint was taken: weights, their average, moments, step. It may come from
+    another number of workers and another ZeRO stage. All ranks call it (collective); each reads only what it owns.
 
     Raises:
         CheckpointMismatch: the checkpoint was trained by another model, data, optimizer, schedule, batch or seed.
@@ -340,46 +359,55 @@ def load(engine: HasDeepSpeed, store: ObjectStore, prefix: str, training_fingerp
     wanted = [
         Wanted(run.name, kind, run.start, run.of(tensor))
         for run in owned(engine)
-        for kind, tensor in _tensors(engine, run.flat)
+        for kind, tensor in _tensors(engine, run)
     ]
+    if average is not None:
+        slices = average.slices
+        wanted += [Wanted(run.name, _EMA, run.start, slices[run.name]) for run in owned(engine)]
     read_into(store, prefix, manifest, wanted)
     finish_load(engine, manifest.optimizer_step)
     is_measured = any(name.startswith("eval/") for name in manifest.metrics)
     return Progress(manifest.step, manifest.skipped_steps, manifest.nonfinite_steps, is_measured)
 
 
-def _tensors(engine: HasDeepSpeed, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The weights of `flat` and their moments, each with its kind."""
-    yield _WEIGHT, flat
-    for name in moment_names(engine):
-        yield name, moment(engine, flat, name)
+def _tensors(engine: HasDeepSpeed, run: Owned) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold this run of the weights and of their moments, each with its kind."""
+    yield _WEIGHT, run.flat
+    if not run.is_frozen:
+        for name in moment_names(engine):
+            yield name, moment(engine, run.flat, name)
 
 
-def _buffers(engine: HasDeepSpeed, ranks: Ranks) -> tuple[ShardBuffer, ShardBuffer]:
-    """This rank's two shard files, in the order of `owned`."""
-    weights = [
-        TensorSlice(key=run.name, name=run.name, kind=_WEIGHT, start=run.start, numel=run.numel)
-        for run in owned(engine)
-    ]
+def _buffers(engine: HasDeepSpeed, ranks: Ranks, average: WeightAverage | None) -> tuple[ShardBuffer, ...]:
+    """This rank's shard files, in the order of `owned`."""
+    runs = list(owned(engine))
+    weights = [TensorSlice(key=run.name, name=run.name, kind=_WEIGHT, start=run.start, numel=run.numel) for run in runs]
     moments = [
-        TensorSlice(key=f"{kind}/{piece.name}", name=piece.name, kind=kind, start=piece.start, numel=piece.numel)
-        for piece in weights
+        TensorSlice(key=f"{kind}/{run.name}", name=run.name, kind=kind, start=run.start, numel=run.numel)
+        for run in runs
+        if not run.is_frozen
         for kind in moment_names(engine)
     ]
     suffix = f"{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
     pinned = ranks.device.type == "cuda"
-    return (
+    buffers = (
         ShardBuffer(f"shards/weights-{suffix}", ranks.rank, "weights", tuple(weights), pinned),
         ShardBuffer(f"shards/optimizer-{suffix}", ranks.rank, "optimizer", tuple(moments), pinned),
     )
+    if average is None:
+        return buffers
+    averages = [piece.model_copy(update={"kind": _EMA}) for piece in weights]
+    return *buffers, ShardBuffer(f"shards/ema-{suffix}", ranks.rank, "ema", tuple(averages), pinned)
 
 
-def _stage(engine: HasDeepSpeed, buffers: tuple[ShardBuffer, ...]) -> None:
+def _stage(engine: HasDeepSpeed, buffers: tuple[ShardBuffer, ...], average: WeightAverage | None) -> None:
     """Copy what this rank owns into its shard files."""
-    runs = {run.name: (run, dict(_tensors(engine, run.flat))) for run in owned(engine)}
+    runs = {run.name: (run, dict(_tensors(engine, run))) for run in owned(engine)}
+    averages: Mapping[str, Tensor] = {} if average is None else average.slices
     for buffer in buffers:
         for piece, slot in buffer.slots():
             run, tensors = runs[piece.name]
-            slot.copy_(run.of(tensors[piece.kind]), non_blocking=True)
+            source = averages[piece.name] if piece.kind == _EMA else run.of(tensors[piece.kind])
+            slot.copy_(source, non_blocking=True)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

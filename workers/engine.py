@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.spec import TrainingJob
-from vit.optim import build_optimizer
+from vit.optim import build_optimizer, freeze, set_learning_rate
 from workers.deepspeed_config import deepspeed_config
 from workers.distributed import Ranks
-from workers.owned import create_moments
+from workers.owned import create_moments, locate_parameters
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> Update:
         assert self.deepspeed.is_gradient_accumulation_boundary(), "step() is called once per global batch"
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.deepspeed.optimizer, lr)
         if self.zero_stage == 0:
             return self._step_replicated()
         self.deepspeed.step()
@@ -112,6 +111,7 @@ def _global_norm(gradients: list[Tensor]) -> Tensor:
 def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_size: int) -> DeepSpeedEngine:
     """Put the model and its optimizer under DeepSpeed. The model comes initialised, in fp32 and equal on all ranks."""
     deepspeed = _import_deepspeed()
+    freeze(model, spec.optim.train)
     optimizer = build_optimizer(model, spec.optim)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
@@ -127,6 +127,7 @@ def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_
     )
     built = DeepSpeedEngine(engine, spec.zero.stage, spec.optim.clip_grad_norm)
     create_moments(built)
+    locate_parameters(built)
     return built
 
 

@@ -7,7 +7,6 @@ int64 counts, and losses in fixed point (2^-24), so the order of summation canno
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.data import DataConfig
-from vit.losses import count_topk_correct
+from configs.train import Loss
+from vit.losses import binary_losses, count_topk_correct
 from workers.data.loader import Batch, normalise
 from workers.distributed import Ranks
 
@@ -28,7 +28,7 @@ def evaluate(
     forward: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     data: DataConfig,
-    loss: Literal["softmax", "sigmoid"],
+    loss: Loss,
     ranks: Ranks,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
@@ -69,9 +69,8 @@ def evaluate(
     }
 
 
-def _loss_per_sample(logits: Tensor, labels: Tensor, kind: Literal["softmax", "sigmoid"]) -> Tensor:
+def _loss_per_sample(logits: Tensor, labels: Tensor, kind: Loss) -> Tensor:
     """(B,), as vit.losses.classification_loss before its mean."""
     if kind == "softmax":
         return F.cross_entropy(logits, labels, reduction="none")
-    targets = F.one_hot(labels, logits.shape[1]).float()
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
+    return binary_losses(logits, labels, kind)

@@ -6,7 +6,7 @@ Between two steps lies a boundary, where all ranks do the same thing in the same
 2. evaluate, if it is time
 3. begin a checkpoint, if it is time
 
-and then one step: learning rate; for each micro-batch seed, forward, loss, backward; update; report.
+and then one step: learning rate; for each micro-batch seed, mix, forward, loss, backward; update; report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from vit.schedule import learning_rate
 from workers.checkpoint import Checkpointer, Progress
 from workers.control import LEAVES_WITH, ControlWord
 from workers.data.loader import TrainLoader, normalise
+from workers.data.mix import apply_mixing, draw_mixing
 from workers.distributed import Ranks
+from workers.ema import WeightAverage
 from workers.engine import Engine
 from workers.outcome import RankOutcome
 from workers.randomness import seed_micro_step
@@ -49,6 +51,7 @@ def train(
     ranks: Ranks,
     reporter: Reporter,
     start: Progress,
+    average: WeightAverage | None = None,
 ) -> RankOutcome:
     """Train a resolved job from `start` to its last step, an order to leave, or a failure.
 
@@ -56,7 +59,9 @@ def train(
     The step is at a boundary the number of global batches consumed; a skipped one consumed its batch too.
     """
     data, options, total_steps = spec.data, spec.train, spec.schedule.total_steps
+    image_hw, num_classes = spec.model.image_hw, spec.model.num_classes
     assert total_steps is not None, "epochs and examples are steps in a resolved job"
+    assert num_classes is not None, "classes are those of the data in a resolved job"
     control = ControlWord(ranks)
     progress = start
 
@@ -99,17 +104,23 @@ def train(
             progress.step, spec.optim.lr, spec.schedule.warmup_steps or 0, total_steps, spec.schedule.decay
         )
         micro_batches = next(loader)
+        mixing = None if data.mix is None else draw_mixing(data.mix, image_hw, options.seed, progress.step)
         loss = torch.zeros((), device=ranks.device)
         samples_crc32 = 0
         for a, batch in enumerate(micro_batches):
             seed_micro_step(options.seed, progress.step, a * ranks.world_size + ranks.rank)
             images = normalise(batch.images.to(ranks.device, non_blocking=True), data.mean, data.std)
             labels = batch.labels.to(ranks.device, non_blocking=True)
-            micro_loss = classification_loss(engine.forward(images), labels, options.loss, options.label_smoothing)
+            targets = labels
+            if mixing is not None:
+                images, targets = apply_mixing(mixing, images, labels, num_classes)
+            micro_loss = classification_loss(engine.forward(images), targets, options.loss, options.label_smoothing)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / len(micro_batches)
             samples_crc32 = zlib.crc32(batch.sample_ids.numpy().tobytes(), samples_crc32)
         update = engine.step(lr)
+        if average is not None and update.applied:
+            average.update()
         progress = _advance(progress, update.applied)
         throughput.add(time.perf_counter() - started, loader.wait_s - waited_before)
 

@@ -28,6 +28,7 @@ from configs.base import Stored
 from configs.wire import BLOCK_BYTES, Manifest, ShardFile, TensorSlice
 from workers.store import NotFound, ObjectStore
 
+ShardRole = Literal["weights", "optimizer", "ema"]
 _FP32_BYTES = 4
 _RUN_BLOCKS = 4
 """Neighbouring blocks are fetched together, up to this many (32 MiB)."""
@@ -52,12 +53,10 @@ class RankFiles(Stored):
 class ShardBuffer:
     """A shard file in memory, allocated and touched once: its header never changes, its slots are filled each time."""
 
-    def __init__(
-        self, name: str, rank: int, role: Literal["weights", "optimizer"], slices: tuple[TensorSlice, ...], pinned: bool
-    ) -> None:
+    def __init__(self, name: str, rank: int, role: ShardRole, slices: tuple[TensorSlice, ...], pinned: bool) -> None:
         self.name = name
         self._rank = rank
-        self._role: Literal["weights", "optimizer"] = role
+        self._role: ShardRole = role
         self._slices = slices
         header = _header(slices)
         num_bytes = len(header) + _FP32_BYTES * sum(s.numel for s in slices)

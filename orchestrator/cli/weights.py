@@ -21,6 +21,7 @@ def fetch(
         Path | None, typer.Option("--out", "-o", help="The folder to make; left out: the checkpoint's id, here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (train.ema_decay).")] = False,
     num_threads: Annotated[int, typer.Option("--parallel", min=1, max=64, help="Ranges read at a time.")] = 8,
     as_json: Json = False,
     url: Url = None,
@@ -56,6 +57,7 @@ def fetch(
                     reference,
                     folder,
                     force=force,
+                    weights="ema" if ema else "raw",
                     num_threads=num_threads,
                     on_start=lambda _, total: bar.update(task, total=total),
                     on_bytes=lambda count: bar.advance(task, count),

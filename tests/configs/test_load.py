@@ -47,7 +47,7 @@ def test_a_valid_job_parses() -> None:
         ("optim__lrr", 1, "/optim/lrr", ["unknown field 'lrr'", "Did you mean lr"]),
         ("optimm", {}, "/optimm", ["unknown field", "Did you mean optim"]),
         ("optim__momentum", 0.5, "/optim/momentum", ["does not apply to adamw"]),
-        ("optim__name", "lamb", "/optim/name", ["lamb", "'adamw' or 'sgd'"]),
+        ("optim__name", "lion", "/optim/name", ["lion", "'sgd' or 'lamb'"]),
         ("train__global_batch_size", "64", "/train/global_batch_size", ['"64"', "whole number"]),
         ("train__global_batch_size", True, "/train/global_batch_size", ["true", "whole number"]),
         ("train__global_batch_size", 64.5, "/train/global_batch_size", ["64.5", "whole number"]),

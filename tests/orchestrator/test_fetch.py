@@ -162,6 +162,20 @@ def test_what_arrives_is_the_model(server: Server, tmp_path: Path) -> None:
     assert all("optimizer" not in name for name, _ in server.ranges)
 
 
+def test_a_moving_average_is_fetched_by_its_role(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match=r"no moving average"):
+        fetch(server.client(), f"{JOB}/best", tmp_path / "none", weights="ema")
+    files = tuple(
+        file.model_copy(update={"role": "ema" if file.role == "weights" else "weights"})
+        for file in server.manifest.files
+        if file.role in ("weights", "optimizer")
+    )
+    server.manifest = server.manifest.model_copy(update={"files": files})
+    fetch(server.client(), f"{JOB}/best", tmp_path / "ema", weights="ema")
+    state = vit.load(tmp_path / "ema").state_dict()
+    assert all(np.array_equal(state[name].numpy(), value) for name, value in server.weights.items())
+
+
 def test_a_cut_fetch_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
     server.fail_after = 1
     with pytest.raises(FetchError, match="cut"):

@@ -86,3 +86,31 @@ def test_nan_does_not_score() -> None:
     for row in ([nan, nan, nan], [nan, 1.0, 0.0], [1.0, nan, 0.0]):
         assert count_topk_correct(torch.tensor([row]), torch.tensor([0]), mask, 1).item() == 0
     assert count_topk_correct(torch.full((1, 3), nan), torch.tensor([0]), mask, 5).item() == 0
+
+
+SHARES = torch.tensor([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_one_hot_shares_are_labels(kind, smoothing: float) -> None:
+    one_hot = torch.nn.functional.one_hot(LABELS, 3).float()
+    expected = classification_loss(LOGITS, LABELS, kind, smoothing)
+    torch.testing.assert_close(classification_loss(LOGITS, one_hot, kind, smoothing), expected)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_mixed_targets_are_mixed_losses(kind) -> None:
+    """Both losses are linear in the target, smoothing included."""
+    first = classification_loss(LOGITS, torch.tensor([0, 1]), kind, 0.1)
+    second = classification_loss(LOGITS, torch.tensor([2, 0]), kind, 0.1)
+    mixed = torch.tensor([[0.75, 0.0, 0.25], [0.25, 0.75, 0.0]])
+    torch.testing.assert_close(classification_loss(LOGITS, mixed, kind, 0.1), 0.75 * first + 0.25 * second)
+
+
+def test_bce_is_deits() -> None:
+    """engine.py of facebookresearch/deit: BCEWithLogitsLoss on `targets.gt(0.0)`, the mean over samples and classes."""
+    expected = torch.nn.BCEWithLogitsLoss()(LOGITS, SHARES.gt(0.0).float())
+    torch.testing.assert_close(classification_loss(LOGITS, SHARES, "bce"), expected)
+    labelled = classification_loss(LOGITS, LABELS, "bce")
+    torch.testing.assert_close(labelled, classification_loss(LOGITS, LABELS, "sigmoid") / 3)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.train import Optim
-from vit.optim import build_optimizer, param_groups
+from vit.optim import build_optimizer, freeze, param_groups, set_learning_rate
 from vit.schedule import learning_rate
 
 
@@ -113,3 +113,52 @@ def test_impossible_schedules_are_refused(step: int, warmup: int, total: int) ->
 def test_unknown_decay_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown decay 'step'"):
         learning_rate(0, 1.0, 0, 10, "step")  # type: ignore[arg-type]
+
+
+def test_layer_decay_is_maes(make_model) -> None:
+    """facebookresearch/mae `lr_decay.py`: embeddings are layer 0, block i is i + 1, the rest is the last."""
+    model = make_model(depth=3)
+    groups = param_groups(model, 0.05, layer_decay=0.65)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    layer = {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0}
+    layer |= {"norm.weight": 4, "norm.bias": 4, "head.weight": 4, "head.bias": 4}
+    for name, parameter in model.named_parameters():
+        number = layer.get(name, int(name.split(".")[1]) + 1 if name.startswith("blocks") else 4)
+        decay = 0.05 if parameter.ndim > 1 and name not in ("cls_token", "pos_embed") else 0.0
+        assert found[name] == (pytest.approx(0.65 ** (4 - number)), decay), name
+
+
+def test_the_learning_rate_of_a_group_is_scaled(make_model) -> None:
+    model = make_model(depth=2)
+    optimizer = build_optimizer(model, Optim(layer_decay=0.5))
+    set_learning_rate(optimizer, 0.8)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == [0.1, 0.2, 0.4, 0.8]
+    plain = build_optimizer(model, Optim())
+    set_learning_rate(plain, 0.8)
+    assert [group["lr"] for group in plain.param_groups] == [0.8, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("part", "trained"),
+    [
+        ("head", {"pre_logits.weight", "pre_logits.bias", "head.weight", "head.bias"}),
+        (
+            "attention",
+            {"pre_logits.weight", "pre_logits.bias", "head.weight", "head.bias", "pos_embed"}
+            | {f"blocks.0.attn.{layer}.{kind}" for layer in ("qkv", "proj") for kind in ("weight", "bias")},
+        ),
+    ],
+)
+def test_only_the_part_is_trained(make_model, part, trained: set[str]) -> None:
+    model = make_model(head="mlp", depth=1)
+    freeze(model, part)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert sum(len(group["params"]) for group in param_groups(model, 0.1)) == len(trained)
+
+
+def test_fixed_positions_are_never_trained(make_model) -> None:
+    model = make_model(pos_embed="sincos2d")
+    freeze(model, "all")
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["pos_embed"]

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from configs.model import PosResize
-from vit.pos_embed import METHODS, resize_pos_embed
+from vit import build
+from vit.pos_embed import METHODS, resize_pos_embed, sincos2d
+from vit.transfer import transfer_weights
 
 METHOD_NAMES = get_args(PosResize)
 GRIDS = [((4, 4), (6, 6)), ((6, 6), (4, 4)), ((3, 5), (7, 4)), ((4, 4), (1, 9)), ((1, 3), (2, 6))]
@@ -110,3 +113,32 @@ def test_sizes_of_the_paper_are_exact(method) -> None:
 def test_wrong_number_of_tokens_is_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 17, 5\), expected \(1, 16, D\) for 0 prefix tokens"):
         resize_pos_embed(random_positions((4, 4), 1), (4, 4), (5, 5), 0, "official")
+
+
+@pytest.mark.parametrize(("grid", "embed_dim"), [((14, 14), 384), ((2, 3), 8)])
+def test_sincos2d_is_big_visions(grid: tuple[int, int], embed_dim: int) -> None:
+    """`posemb_sincos_2d` of big_vision's models/vit.py, in NumPy."""
+    y, x = np.mgrid[: grid[0], : grid[1]]
+    omega = np.arange(embed_dim // 4) / (embed_dim // 4 - 1)
+    omega = 1.0 / (10_000.0**omega)
+    y, x = np.einsum("m,d->md", y.flatten(), omega), np.einsum("m,d->md", x.flatten(), omega)
+    expected = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    found = sincos2d(grid, embed_dim, 0)
+    assert found.shape == (1, grid[0] * grid[1], embed_dim)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
+    with_prefix = sincos2d(grid, embed_dim, 1)
+    assert not with_prefix[0, 0].any()
+    assert torch.equal(with_prefix[:, 1:], found)
+
+
+def test_fixed_positions_follow_the_resolution(make_config) -> None:
+    """They are computed anew, not interpolated."""
+    small, large = make_config(pos_embed="sincos2d"), make_config(pos_embed="sincos2d", image_size=(24, 32))
+    moved = transfer_weights(build(small).state_dict(), small, large)
+    assert torch.equal(moved["pos_embed"], build(large).state_dict()["pos_embed"])
+
+
+def test_head_bias_starts_where_it_is_told(make_config) -> None:
+    model = build(make_config(head_bias_init=-6.9))
+    assert torch.equal(model.head.bias, torch.full((7,), -6.9))
+    assert torch.equal(model(torch.randn(2, 3, 16, 16)), torch.full((2, 7), -6.9))

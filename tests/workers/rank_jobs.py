@@ -115,12 +115,8 @@ def train_directly(
 def read_state(store: DirStore, prefix: str) -> tuple[Manifest, dict[tuple[str, str], Tensor]]:
     """A checkpoint's manifest and all its tensors, weights and moments, whole, by (kind, name)."""
     manifest = read_manifest(store, prefix)
-    kinds = {piece.kind for file in manifest.files for piece in file.slices}
-    state = {
-        (kind, name): torch.full(shape, float("nan"))
-        for kind in sorted(kinds)
-        for name, shape in manifest.tensors.items()
-    }
+    held = {(piece.kind, piece.name) for file in manifest.files for piece in file.slices}
+    state = {(kind, name): torch.full(manifest.tensors[name], float("nan")) for kind, name in sorted(held)}
     read_into(store, prefix, manifest, [Wanted(name, kind, 0, t.view(-1)) for (kind, name), t in state.items()])
     return manifest, state
 

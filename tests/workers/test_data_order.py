@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.data.order import batch_indices, epoch_of, indices_at, sample_at
+from workers.data.order import batch_indices, epoch_of, indices_at, repeated_at, sample_at
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -79,3 +79,40 @@ def test_epoch_of() -> None:
 
 GOLDEN_START = [52688, 56504, 7908, 10232, 35811, 39666]
 GOLDEN_BOUNDARY = [178, 871, 149, 219]
+
+
+# -- repeated augmentation ---------------------------------------------------------------------------------------------
+def test_without_repeats_nothing_changes() -> None:
+    positions = np.arange(0, 2500)
+    samples, occurrences = repeated_at(3, 1000, positions, 1)
+    assert np.array_equal(samples, indices_at(3, 1000, positions))
+    assert np.array_equal(occurrences, positions // 1000)
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_each_image_has_its_views_together_and_all_differ(repeats: int) -> None:
+    num_examples, block = 64 * repeats * 5, 64 * repeats
+    samples, occurrences = repeated_at(1, num_examples, np.arange(2 * num_examples), repeats)
+    assert len(set(zip(samples.tolist(), occurrences.tolist(), strict=True))) == len(samples)
+    for start in range(0, len(samples), block):
+        found, counts = np.unique(samples[start : start + block], return_counts=True)
+        assert len(found) == 64
+        assert (counts == repeats).all()
+    assert len(np.unique(samples[:num_examples])) == num_examples // repeats
+
+
+def test_repeated_views_never_meet_themselves_and_change_partners() -> None:
+    samples, _ = repeated_at(1, 64 * 3, np.arange(64 * 3), 3)
+    pairs = {(int(a), int(b)) for a, b in samples.reshape(-1, 2)}
+    assert all(a != b for a, b in pairs)
+    assert len(pairs) == len(samples) // 2
+
+
+@pytest.mark.parametrize("num_examples", [1, 5, 63, 70, 200, 1000])
+def test_any_number_of_examples_can_be_repeated(num_examples: int) -> None:
+    positions = np.arange(3 * num_examples)
+    samples, _ = repeated_at(0, num_examples, positions, 3)
+    assert samples.min() >= 0
+    assert samples.max() < num_examples
+    one_by_one = [repeated_at(0, num_examples, positions[i : i + 1], 3)[0][0] for i in range(len(positions))]
+    assert samples.tolist() == one_by_one

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from configs.data import Augment, DataConfig
 from workers.data.order import Indices
+from workers.data.photometric import distort
 from workers.data.random_bits import Stream, random_bits, uniforms
 
 # Defaults of TensorFlow's op, which the official code leaves as they are.
@@ -48,6 +49,9 @@ def augment_batch(
         flipped = (random_bits(Stream.FLIP, seed, epochs, indices) >> np.uint64(63)).astype(bool)
         pixels = views.numpy()
         pixels[flipped] = pixels[flipped][..., ::-1]
+    if config.distorts:
+        for i, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
+            views[i] = distort(views[i], config, seed, epoch, index)
     return views
 
 

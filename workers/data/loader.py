@@ -25,7 +25,7 @@ from configs.data import DataConfig
 from workers.data.augment import augment, augment_batch, eval_transform
 from workers.data.corrupt import CorruptImages, OnCorrupt, no_report
 from workers.data.errors import DataError
-from workers.data.order import Indices, indices_at
+from workers.data.order import Indices, repeated_at
 from workers.data.prefetch import Prefetcher
 from workers.data.source import ImageSource
 
@@ -151,8 +151,8 @@ class _TrainSteps:
 
     def make(self, step: int, pool: ThreadPoolExecutor | None) -> list[Batch]:
         positions = self.positions(step)
-        sample_ids = indices_at(self.seed, len(self.source), positions)
-        epochs = positions // len(self.source)
+        repeats = self.data.augment.repeats
+        sample_ids, epochs = repeated_at(self.seed, len(self.source), positions, repeats)
         together = self.source.read_many(sample_ids)
         if together is not None:
             used = sample_ids

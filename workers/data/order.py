@@ -48,6 +48,29 @@ def indices_at(seed: int, num_examples: int, positions: Indices) -> Indices:
     return _permute(offsets.astype(np.uint64), num_examples, key).astype(np.int64)
 
 
+REPEAT_BLOCK = 64
+"""Images whose repeated views lie together."""
+
+
+def repeated_at(seed: int, num_examples: int, positions: Indices, repeats: int) -> tuple[Indices, Indices]:
+    """The sample index at each of `positions` when each image is seen `repeats` times in a row of blocks, and the
+    occurrence: a number that is different for each time an image is seen, the epoch if `repeats` is 1.
+
+    Repeated augmentation (Hoffer et al., arXiv 1901.09335): an epoch still has `num_examples` positions, so it visits
+    1/repeats of the images. The views of 64 images fill one block of 64 * repeats positions, in which view v pairs
+    each even place with another neighbour than the other views do: mixup never mixes an image with itself.
+    """
+    epochs, offsets = np.divmod(positions, num_examples)
+    if repeats == 1:
+        return indices_at(seed, num_examples, positions), epochs
+    blocks, places = np.divmod(offsets, REPEAT_BLOCK * repeats)
+    views, slots = np.divmod(places, REPEAT_BLOCK)
+    slots = np.where(slots % 2 == 1, (slots + 2 * views) % REPEAT_BLOCK, slots)
+    # Of the last block only a part may be left, and a tiny set has fewer images than a block: go round.
+    images = (blocks * REPEAT_BLOCK + slots) % num_examples
+    return indices_at(seed, num_examples, epochs * num_examples + images), epochs * repeats + views
+
+
 def _permute(values: Bits, n: int, key: Bits) -> Bits:
     """The image of each of `values` under the permutation of 0..n-1 that its key names."""
     out = _feistel(values, n, key)

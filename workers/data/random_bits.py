@@ -31,6 +31,9 @@ class Stream(IntEnum):
     HOLDOUT = 4
     SUBSET = 5
     SYNTHETIC = 6
+    MIX = 7
+    DISTORT = 8
+    ERASE = 9
 
 
 def as_words(values: Any) -> Bits:

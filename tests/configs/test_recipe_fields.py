@@ -1,0 +1,81 @@
+"""Fields of recipes: what does not apply is refused, and jobs stored before they existed mean what they meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from configs.load import SpecError
+from configs.resolve import canonical_json, load_resolved, resolve
+from tests.configs.specs import CARD, FINETUNE, PRETRAIN, job, source
+
+# The canonical JSON of a job resolved before recipes had fields of their own.
+OLD = (
+    b'{"checkpoint":{"every_epochs":null,"every_examples":null,"every_steps":null,"keep_best":1,"keep_last":2,'
+    b'"metric":"eval/top1"},"data":{"augment":{"crop":"inception","crop_area":[0.05,1.0],"flip":true},"eval":"val",'
+    b'"eval_crop":"resize","holdout":null,"loader_workers":0,"max_corrupt":0.001,"mean":[0.5],"source":{"name":'
+    b'"pictures","type":"folder"},"std":[0.5],"subset":null,"train":"train"},"eval":{"at_end":true,"batch_size":256,'
+    b'"every_epochs":null,"every_examples":null,"every_steps":null,"few_shot":[]},"kind":"pretrain","labels":{},'
+    b'"model":{"depth":2,"drop_path":0.0,"dropout":0.0,"embed_dim":32,"gelu":"tanh","head":"linear","image_size":16,'
+    b'"in_channels":3,"mlp_dim":64,"num_classes":5,"num_heads":2,"patch_size":4,"pool":"cls","pos_embed":"learned",'
+    b'"pos_resize":"official","variant":null},"name":"unnamed","optim":{"betas":[0.9,0.999],"clip_grad_norm":1.0,'
+    b'"eps":1e-08,"lr":0.001,"momentum":0.9,"name":"adamw","weight_decay":0.0},"preset":null,"queue":{},"resources":'
+    b'{"gpus_per_worker":0,"workers":2},"retry":{},"schedule":{"decay":"cosine","total_epochs":null,"total_examples":'
+    b'null,"total_steps":47,"warmup_epochs":null,"warmup_examples":null,"warmup_steps":0},"schema_version":1,"train":'
+    b'{"activation_checkpointing":false,"compile":false,"ema_decay":null,"global_batch_size":64,"label_smoothing":0.0,'
+    b'"log_every_steps":10,"loss":"softmax","max_nonfinite_steps":3,"micro_batch_size":32,"precision":"bf16","seed":0},'
+    b'"zero":{"stage":1}}'
+)
+
+
+def test_an_old_job_loads_and_is_the_job_of_today() -> None:
+    assert load_resolved(OLD) == resolve(job(PRETRAIN), CARD, None)
+    assert canonical_json(load_resolved(canonical_json(load_resolved(OLD)))) == canonical_json(load_resolved(OLD))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"optim__name": "lamb", "optim__momentum": 0.8}, "momentum does not apply to lamb"),
+        ({"optim__layer_decay": 0.7, "optim__train": "head"}, "layer_decay does not apply"),
+        ({"optim__layer_decay": 1.5}, "layer_decay"),
+        ({"train__loss": "bce", "train__label_smoothing": 0.1}, "label_smoothing does not apply to loss: bce"),
+        ({"data__augment": {"randaugment": {}, "three_augment": True}}, "exclude one another"),
+        ({"data__augment": {"randaugment": {"ops": "timm", "magnitude": 15}}}, "ops timm takes at most 10"),
+        ({"data__augment": {"randaugment": {"magnitude_std": 0.5}}}, "does not apply to ops torchvision"),
+        ({"data__augment": {"randaugment": {"ops": "imgaug"}}}, "imgaug"),
+        ({"eval__weights": "ema"}, "eval.weights ema needs train.ema_decay"),
+        ({"train__ema_decay": 1.0}, "ema_decay"),
+        ({"data__mix": {}}, "give mixup or cutmix"),
+        ({"data__mix": {"mixup": 0.2, "cutmix_share": 0.3}}, "cutmix_share applies where both"),
+        ({"data__mix": {"mixup": 0.2}, "train__micro_batch_size": 1}, "micro_batch_size 1 must be even"),
+        ({"data__mix": {"mixup": 0.2}, "train__global_batch_size": 62}, "each of 2 workers an odd number"),
+        ({"model__pos_embed": "sincos2d", "model__embed_dim": 30}, "multiple of 4"),
+    ],
+)
+def test_what_does_not_apply_is_refused(overrides: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        job(PRETRAIN, **overrides)
+
+
+def test_mixing_pins_an_even_micro_batch() -> None:
+    for batch in (4, 12, 100, 1000):
+        micro = resolve(job(PRETRAIN, train__global_batch_size=batch, data__mix={"mixup": 0.2}), CARD, None)
+        assert isinstance(micro.train.micro_batch_size, int)
+        assert micro.train.micro_batch_size % 2 == 0
+    # Not even one image fits; the plan says so.
+    raw = PRETRAIN | {
+        "model": {"variant": "H/14", "image_size": 518},
+        "resources": {"workers": 2, "gpus_per_worker": 1, "accelerator": "T4"},
+    }
+    assert resolve(job(raw), CARD, None).train.micro_batch_size == 1
+    assert resolve(job(raw, data__mix={"mixup": 0.2}), CARD, None).train.micro_batch_size == 2
+
+
+def test_a_finetune_takes_over_the_kind_of_positions() -> None:
+    origin = source(pos_embed="sincos2d")
+    resolved = resolve(job(FINETUNE), CARD, origin)
+    assert resolved.model.pos_embed == "sincos2d"
+    with pytest.raises(SpecError, match="pos_embed 'learned' contradicts checkpoint ckpt_x"):
+        resolve(job(FINETUNE, model__pos_embed="learned"), CARD, origin)
