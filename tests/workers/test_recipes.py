@@ -28,7 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"precision": "bf16"},
     },
     "layer decay": {"optim": {"name": "adamw", "lr": 0.02, "weight_decay": 0.1, "layer_decay": 0.6}},
-    "head": {"optim": {"name": "sgd", "lr": 0.5, "train": "head"}, "model": {}},
+    "head": {"optim": {"name": "sgd", "lr": 0.4, "train": "head"}},
     "attention, sincos2d": {"optim": {"train": "attention"}, "model": {"pos_embed": "sincos2d"}},
     "mixup and cutmix": {
         "data": MIXED,
