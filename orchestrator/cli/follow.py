@@ -15,6 +15,8 @@ from orchestrator.schemas import EventPublic, JobPublic
 POLL_S = 1.0
 _PLAIN_EVERY_S = 15.0
 _ABSENT_S = 60.0
+_UNREMARKABLE = ("checkpoint.deleted",)
+"""What `patchwork events` lists, but nobody watches for."""
 
 
 class Detached(Exception):
@@ -76,7 +78,7 @@ class _Watch:
     def _note(self, event: EventPublic) -> None:
         """One line for an event; none if the one before said the same (an attempt's end and the job's, say)."""
         line = event.message.partition("\n")[0]
-        if line not in self._last_line:
+        if line not in self._last_line and event.type not in _UNREMARKABLE:
             self.show_event(f"[dim]{event.at.astimezone():%H:%M:%S}[/]  {escape(line)}")
         self._last_line = line
 

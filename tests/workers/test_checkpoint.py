@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from configs.ids import parse_checkpoint_id
 from configs.layout import checkpoints_prefix, manifest_key
 from configs.reasons import ExitReason
 from configs.states import Desired
@@ -339,7 +340,7 @@ def train_with_slow_uploads(ranks: Ranks, root: str, patience_s: float) -> list[
     store = WrappedStore(root, wait)
     outcome, _ = train_directly(ranks, slow_spec(), 1, store, reporter, patience_s=patience_s)
     assert outcome.reason is ExitReason.COMPLETED
-    return [data["step"] for _, _, data in reporter.events]
+    return [parse_checkpoint_id(checkpoint_id)[1] for checkpoint_id in reporter.checkpoints]
 
 
 class Listener(RecordingReporter):
