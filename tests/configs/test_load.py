@@ -55,7 +55,6 @@ def test_a_valid_job_parses() -> None:
         ("train__micro_batch_size", 5, "/train/micro_batch_size", ["5", "32 images"]),
         ("train__micro_batch_size", "all", "/train/micro_batch_size", ["all", "whole number", "'auto'"]),
         ("train__compile", True, "/train/compile", ["true", "false"]),
-        ("train__compile", True, "/train/compile", ["true", "false"]),
         ("train__seed", -1, "/train/seed", ["-1", "at least 0"]),
         ("zero__stage", 4, "/zero/stage", ["4", "0, 1, 2 or 3"]),
         ("zero", 1, "/zero", ["1", "mapping"]),
