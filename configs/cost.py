@@ -4,9 +4,9 @@
     N  tokens (with the class token)       P  parameters  w  workers
 
 Counts of parameters are exact. Multiply-accumulates count every matrix product (attention's two included) and nothing
-else, which reproduces the exaFLOPs of Table 6 of the paper (ViT rows) within 1 %, B/32 within 3 %. Memory is a model of
-what PyTorch and DeepSpeed keep: on CPU, tests check it against autograd's saved tensors and against DeepSpeed's engine;
-GPU peaks were never measured.
+else, which reproduces the exaFLOPs of Table 6 of the paper for ViTs and hybrids within 2 %, B/32 within 3 %. Memory is
+a model of what PyTorch and DeepSpeed keep: on CPU, tests check it against autograd's saved tensors and against
+DeepSpeed's engine; GPU peaks were never measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal
 
+from configs.conv_cost import Backbone
 from configs.model import VitConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -71,10 +72,19 @@ def num_patches(config: VitConfig) -> int:
     return rows * columns
 
 
+def stem_of(config: VitConfig) -> Backbone | None:
+    """A hybrid's convolutions on its own image size."""
+    if config.stem is None:
+        return None
+    return Backbone(config.stem.layers, config.stem.width, config.in_channels, config.image_size)
+
+
 def num_parameters(config: VitConfig) -> int:
     """Exact number of parameters of `vit.build(config)`."""
     dim, mlp = config.embed_dim, config.mlp_dim
-    patch_embed = config.patch_size**2 * config.in_channels * dim + dim
+    backbone = stem_of(config)
+    stem = backbone.num_parameters if backbone else 0
+    patch_embed = stem + config.patch_size**2 * config.patch_channels * dim + dim
     cls_token = dim if config.pool == "cls" else 0
     pos_embed = config.num_tokens * dim
     attention = (3 * dim * dim + 3 * dim) + (dim * dim + dim)
@@ -86,9 +96,12 @@ def num_parameters(config: VitConfig) -> int:
 
 
 def macs_per_image(config: VitConfig) -> int:
-    """Multiply-accumulates of one image's forward pass: every linear layer and attention's two products."""
+    """Multiply-accumulates of one image's forward pass: every linear layer, convolution, and attention's two
+    products."""
     dim, tokens = config.embed_dim, config.num_tokens
-    patch_embed = num_patches(config) * config.patch_size**2 * config.in_channels * dim
+    backbone = stem_of(config)
+    patch_embed = num_patches(config) * config.patch_size**2 * config.patch_channels * dim
+    patch_embed += backbone.macs if backbone else 0
     linears = tokens * (4 * dim * dim + 2 * dim * config.mlp_dim)
     attention = 2 * tokens * tokens * dim
     head = dim * config.num_classes + (dim * dim if config.head == "mlp" else 0)
@@ -153,8 +166,9 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
 
 
 def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
-    """Bytes autograd keeps of one image before and after the blocks: the image as the patch embedding reads it, the
-    input of the final norm, the head's input (and what pre_logits adds), and about three times the logits in fp32.
+    """Bytes autograd keeps of one image before and after the blocks: the image as the patch embedding reads it (of a
+    hybrid what its stem keeps), the input of the final norm, the head's input (and what pre_logits adds), and about
+    three times the logits in fp32.
 
     In fp32 the class token that the head reads is a view, which keeps the final norm's whole output alive.
     """
@@ -162,6 +176,8 @@ def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
     width = FP32 if precision == "fp32" else BF16
     height, columns = config.image_size
     image = width * config.in_channels * height * columns
+    if (backbone := stem_of(config)) is not None:
+        image = backbone.saved_bytes(precision == "bf16") + _feature_copy_bytes(backbone, precision)
     norm = tokens * (FP32 * dim + 2 * FP32)
     pooled = width * dim * (tokens if precision == "fp32" and config.pool == "cls" else 1)
     head = pooled + (width * dim if config.head == "mlp" else 0) + 3 * FP32 * config.num_classes
@@ -170,14 +186,23 @@ def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
 
 
 def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:
-    """Bytes of the bf16 copies of the kernels that autocast makes once per forward pass and autograd keeps."""
+    """Bytes of the bf16 copies of the kernels that autocast makes once per forward pass and autograd keeps, and of a
+    hybrid's standardised kernels."""
+    backbone = stem_of(config)
+    standardised = backbone.kernel_copy_bytes(precision == "bf16") if backbone else 0
     if precision == "fp32":
-        return 0
+        return standardised
     dim = config.embed_dim
     kernels = config.depth * (4 * dim * dim + 2 * dim * config.mlp_dim)
-    kernels += config.patch_size**2 * config.in_channels * dim + dim * config.num_classes
+    kernels += config.patch_size**2 * config.patch_channels * dim + dim * config.num_classes
     kernels += dim * dim if config.head == "mlp" else 0
-    return BF16 * kernels
+    return standardised + BF16 * kernels
+
+
+def _feature_copy_bytes(backbone: Backbone, precision: Precision) -> int:
+    """Of the feature map's bf16 copy that the patch embedding reads."""
+    rows, columns = backbone.feature_hw
+    return BF16 * backbone.num_features * rows * columns if precision == "bf16" else 0
 
 
 def activation_bytes(
@@ -193,6 +218,9 @@ def activation_bytes(
     block_input = config.num_tokens * config.embed_dim * FP32
     kept = config.depth * block_input + block if checkpointing else config.depth * block
     per_image = kept + block + saved_bytes_outside_blocks(config, precision)
+    if checkpointing and (backbone := stem_of(config)) is not None:
+        is_bf16 = precision == "bf16"
+        per_image -= backbone.saved_bytes(is_bf16) - backbone.checkpointed_bytes(is_bf16)
     return micro_batch_size * per_image + weight_copy_bytes(config, precision)
 
 

@@ -7,9 +7,9 @@ Sizes follow Table 1 of "An Image is Worth 16x16 Words" (B, L, H) and google-res
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.base import Strict
 
@@ -20,6 +20,9 @@ Pool = Literal["cls", "gap"]
 Gelu = Literal["tanh", "exact"]
 HeadBias = Annotated[float, Field(ge=-50.0, le=50.0)]
 PosEmbed = Literal["learned", "sincos2d"]
+StageDepth = Annotated[int, Field(ge=1, le=64)]
+ConvNumerics = Literal["official", "timm"]
+"""Whose epsilons the convolutions of a stem use; the two disagree by about 1e-3 in the logits (vit/resnet.py)."""
 PosResize = Literal["official", "bilinear", "bicubic", "bicubic_antialias", "bicubic_aligned"]
 """How position embeddings are resized to another grid (which code does what: docs/models.md):
 official = bilinear, corners aligned (google-research/vision_transformer); bilinear = timm's npz import;
@@ -36,20 +39,38 @@ VARIANTS: dict[str, tuple[int, int, int, int]] = {
     "G": (1664, 48, 16, 8192),
     "So400m": (1152, 27, 16, 4304),
 }
+# hybrid -> stages of its stem, patch side on the stem's feature map
+HYBRIDS: dict[str, tuple[tuple[int, ...], int]] = {
+    "R50+B/16": ((3, 4, 9), 1),
+    "R50+B/32": ((3, 4, 6, 3), 1),
+    "R50+L/16": ((3, 4, 9), 1),
+    "R50+L/32": ((3, 4, 6, 3), 1),
+    "R26+S/32": ((2, 2, 2, 2), 1),
+    "R26+B/32": ((2, 2, 2, 2), 1),
+    "R+Ti/16": ((), 8),
+}
+"""The paper's hybrids (3.1, 4.1) and those of google-research/vision_transformer `configs/models.py`. /16 puts the
+layers of stage 4 into stage 3 (R50: 3, 4, 9), for four times the tokens of /32. R+Ti/16 is the stem alone with patches
+of 8 x 8: 32 pixels, whatever its official name says."""
 _VARIANT = re.compile(r"^([A-Za-z0-9]+)/([1-9][0-9]{0,2})$")
 SIZE_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")
 
 
-def variant_sizes(variant: str) -> dict[str, int]:
-    """The five sizes that `variant` ("L/16") stands for.
+def variant_sizes(variant: str) -> dict[str, Any]:
+    """The five sizes that `variant` ("L/16") stands for, and the stem of a hybrid ("R50+L/16").
 
     Raises:
-        ValueError: the variant is not `<name>/<patch size>` with a known name.
+        ValueError: the variant is neither `<name>/<patch size>` with a known name nor one of the hybrids.
     """
+    if variant in HYBRIDS:
+        layers, patch_size = HYBRIDS[variant]
+        name = variant.partition("+")[2].partition("/")[0]
+        return variant_sizes(f"{name}/{patch_size}") | {"stem": StemConfig(layers=layers)}
     match = _VARIANT.match(variant)
     if match is None or match[1] not in VARIANTS:
         raise ValueError(
-            f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>"
+            f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>, or one "
+            f"of the hybrids {', '.join(HYBRIDS)}"
         )
     embed_dim, depth, num_heads, mlp_dim = VARIANTS[match[1]]
     return {
@@ -61,12 +82,41 @@ def variant_sizes(variant: str) -> dict[str, int]:
     }
 
 
+class StemConfig(Strict):
+    """The convolutional stem of a hybrid: a post-activation ResNet with weight standardisation and group norm, whose
+    feature map is cut into patches of `patch_size` x `patch_size` (paper, 3.1)."""
+
+    layers: Annotated[tuple[StageDepth, ...], Field(max_length=4)] = Field(
+        description="Bottlenecks of each stage; none: the 7 x 7 convolution and pooling alone."
+    )
+    width: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = Field(64, description="Channels of the first stage.")
+    numerics: ConvNumerics = "official"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a feature: 4 after the stem, doubled by each stage but the first."""
+        return 4 * 2 ** max(len(self.layers) - 1, 0)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the feature map."""
+        return self.width * 4 * 2 ** (len(self.layers) - 1) if self.layers else self.width
+
+
 class ModelConfig(Strict):
     """A Vision Transformer as a user describes it. Either `variant`, or the five sizes, or (when fine-tuning and
     evaluating) neither: then they are those of the checkpoint. A resolved job holds all of them."""
 
-    variant: str | None = Field(None, description="Size and patch, such as L/16.", examples=["B/16"])
-    patch_size: Size | None = None
+    variant: str | None = Field(
+        None, description="Size and patch, such as L/16, or a hybrid, such as R50+L/16.", examples=["B/16"]
+    )
+    patch_size: Size | None = Field(None, description="Pixels; of a hybrid, features.")
+    stem: StemConfig | None = Field(None, description="Convolutions before the patches: a hybrid.")
     embed_dim: Size | None = None
     depth: Size | None = None
     num_heads: Size | None = None
@@ -105,10 +155,12 @@ class ModelConfig(Strict):
         sizes = variant_sizes(values["variant"])
         for field, size in sizes.items():
             given = values.get(field)
+            if field == "stem" and isinstance(given, dict):
+                given = StemConfig.model_validate(given)
             if given is not None and given != size:
                 raise ValueError(
                     f"{field} {given!r} contradicts variant {values['variant']!r}, whose {field} is {size}: "
-                    "set variant to null and give all five sizes"
+                    "set variant to null and give all the sizes"
                 )
         return {**values, **sizes}
 
@@ -124,14 +176,20 @@ class ModelConfig(Strict):
             raise ValueError(f"pos_embed sincos2d needs an embed_dim that is a multiple of 4, got {self.embed_dim}")
         if self.patch_size is not None:
             for side in self.image_hw:
-                if side % self.patch_size:
-                    raise ValueError(f"image_size {side} is not a multiple of patch_size {self.patch_size}")
+                if side % self.stride:
+                    raise ValueError(f"image_size {side} is not a multiple of {stride_text(self)}")
         return self
 
     @property
     def image_hw(self) -> tuple[int, int]:
         """Image height and width in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a patch, the stem's reduction included. The sizes must be known."""
+        assert self.patch_size is not None
+        return self.patch_size * (self.stem.stride if self.stem else 1)
 
     @property
     def has_sizes(self) -> bool:
@@ -150,6 +208,7 @@ class VitConfig(Strict):
     """Everything needed to build the model: what `vit.build` takes, and what lies beside exported weights."""
 
     patch_size: Size
+    stem: StemConfig | None = None
     embed_dim: Size
     depth: Size
     num_heads: Size
@@ -169,7 +228,17 @@ class VitConfig(Strict):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along height and width."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a patch, the stem's reduction included."""
+        return self.patch_size * (self.stem.stride if self.stem else 1)
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of what is cut into patches: the image's, or the stem's features."""
+        return self.stem.num_features if self.stem else self.in_channels
 
     @property
     def num_tokens(self) -> int:
@@ -180,3 +249,10 @@ class VitConfig(Strict):
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+
+def stride_text(config: ModelConfig | VitConfig) -> str:
+    """The number an image's side must be a multiple of, and why."""
+    if config.stem is None:
+        return f"patch_size {config.patch_size}"
+    return f"{config.stride} (patch_size {config.patch_size} x the stem's stride {config.stem.stride})"

@@ -11,13 +11,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
 from configs.data import DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
-from configs.model import SIZE_FIELDS, VARIANTS, ModelConfig, VitConfig
+from configs.model import HYBRIDS, SIZE_FIELDS, VARIANTS, ModelConfig, VitConfig, stride_text, variant_sizes
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, JobSpec, PretrainJob, job_spec_adapter
 from configs.train import Every, Schedule
 from configs.wire import DatasetCard, Preprocess
@@ -135,14 +135,14 @@ def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[F
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    for field in (*SIZE_FIELDS, "in_channels", "pool", "gelu", "pos_embed"):
+    for field in (*SIZE_FIELDS, "stem", "in_channels", "pool", "gelu", "pos_embed"):
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
         if is_given and given != theirs:
             faults.append(_contradiction(model, field, given, theirs, source.checkpoint_id))
-        inherited[field] = theirs
+        inherited[field] = theirs.model_dump() if isinstance(theirs, BaseModel) else theirs
     inherited["variant"] = _variant_of(origin)
-    faults.extend(_patch_faults(model, origin.patch_size))
+    faults.extend(_patch_faults(model, origin))
     return inherited
 
 
@@ -154,22 +154,23 @@ def _contradiction(model: ModelConfig, field: str, given: object, theirs: object
     return FieldError(f"/model/{field}", message, given, str(theirs))
 
 
-def _patch_faults(model: ModelConfig, patch_size: int) -> list[FieldError]:
+def _patch_faults(model: ModelConfig, origin: VitConfig) -> list[FieldError]:
     return [
         FieldError(
             "/model/image_size",
-            f"model.image_size {side} is not a multiple of the checkpoint's patch_size {patch_size}",
+            f"model.image_size {side} is not a multiple of the checkpoint's {stride_text(origin)}",
             side,
-            f"a multiple of {patch_size}",
+            f"a multiple of {origin.stride}",
         )
         for side in sorted(set(model.image_hw))
-        if side % patch_size
+        if side % origin.stride
     ]
 
 
 def _variant_of(config: VitConfig) -> str | None:
-    sizes = (config.embed_dim, config.depth, config.num_heads, config.mlp_dim)
-    return next((f"{name}/{config.patch_size}" for name, known in VARIANTS.items() if known == sizes), None)
+    own = {field: getattr(config, field) for field in (*SIZE_FIELDS, "stem")}
+    names = [*HYBRIDS, *(f"{name}/{config.patch_size}" for name in VARIANTS)]
+    return next((name for name in names if {"stem": None} | variant_sizes(name) == own), None)
 
 
 def _num_classes(given: int | None, card: DatasetCard, faults: list[FieldError]) -> int:
@@ -282,14 +283,13 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
     if card is None:
         raise SpecError.at("/data/source", "the data set is not known")
     faults: list[FieldError] = []
-    if spec.image_size is not None and spec.image_size % source.model.patch_size:
+    if spec.image_size is not None and spec.image_size % source.model.stride:
         faults.append(
             FieldError(
                 "/image_size",
-                f"image_size {spec.image_size} is not a multiple of the checkpoint's patch_size "
-                f"{source.model.patch_size}",
+                f"image_size {spec.image_size} is not a multiple of the checkpoint's {stride_text(source.model)}",
                 spec.image_size,
-                f"a multiple of {source.model.patch_size}",
+                f"a multiple of {source.model.stride}",
             )
         )
     if card.num_classes != source.model.num_classes:

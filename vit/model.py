@@ -16,25 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.model import Gelu, VitConfig
+from configs.model import Gelu, StemConfig, VitConfig, stride_text
 from configs.wire import Preprocess
 from vit.init import lecun_normal_, normal_, xavier_uniform_
 from vit.pos_embed import sincos2d
+from vit.resnet import OFFICIAL_HYBRID, TIMM_HYBRID, ResNetBackbone
 
 LAYER_NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
-    """Projects each patch, in raster order: (B, channels, height, width) -> (B, rows * columns, D)."""
+    """Projects each patch, in raster order: (B, channels, height, width) -> (B, rows * columns, D). A hybrid's patches
+    are cut from the feature map of its `backbone` (paper, 3.1)."""
 
-    def __init__(self, *, patch_size: int, in_channels: int, embed_dim: int) -> None:
+    def __init__(
+        self, *, patch_size: int, in_channels: int, embed_dim: int, backbone: ResNetBackbone | None = None
+    ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.backbone = backbone
+        channels = backbone.num_features if backbone is not None else in_channels
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, rows * columns, D)
+        x = images if self.backbone is None else self.backbone(images)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, rows * columns, D)
 
     def init_weights(self, generator: torch.Generator) -> None:
+        if self.backbone is not None:
+            self.backbone.init_weights(generator)
         lecun_normal_(self.proj.weight, generator)
         nn.init.zeros_(_bias(self.proj))
 
@@ -126,7 +135,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A Vision Transformer of any size.
+    """A Vision Transformer of any size, of image patches or (`stem`) of a convolutional feature map.
 
     `pool: cls` prepends a class token and reads it; `pool: gap` has none and reads the mean of all tokens after the
     final norm (google-research/big_vision). `head: mlp` puts a D x D layer with tanh before the classifier.
@@ -145,7 +154,12 @@ class ViT(nn.Module):
         self.activation_checkpointing = False
         self.num_prefix = 1 if config.pool == "cls" else 0
         dim = config.embed_dim
-        self.patch_embed = PatchEmbed(patch_size=config.patch_size, in_channels=config.in_channels, embed_dim=dim)
+        self.patch_embed = PatchEmbed(
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            embed_dim=dim,
+            backbone=None if config.stem is None else _backbone(config.stem, config.in_channels),
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.pool == "cls" else None
         # Fixed positions are a weight too, so that files hold them as timm's do; nothing ever trains them.
         learned = config.pos_embed == "learned"
@@ -201,6 +215,8 @@ class ViT(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training only)."""
         self.activation_checkpointing = enabled
+        if self.patch_embed.backbone is not None:
+            self.patch_embed.backbone.activation_checkpointing = enabled
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -246,8 +262,13 @@ def _check_sizes(config: VitConfig) -> None:
     if config.embed_dim % config.num_heads:
         raise ValueError(f"embed_dim {config.embed_dim} is not a multiple of num_heads {config.num_heads}")
     for side in config.image_size:
-        if side % config.patch_size:
-            raise ValueError(f"image_size {side} is not a multiple of patch_size {config.patch_size}")
+        if side % config.stride:
+            raise ValueError(f"image_size {side} is not a multiple of {stride_text(config)}")
+
+
+def _backbone(stem: StemConfig, in_channels: int) -> ResNetBackbone:
+    style = OFFICIAL_HYBRID if stem.numerics == "official" else TIMM_HYBRID
+    return ResNetBackbone(stem.layers, width=stem.width, in_channels=in_channels, preact=False, style=style)
 
 
 def _init_norm(norm: nn.LayerNorm) -> None:

@@ -65,7 +65,8 @@ class StdConv2d(nn.Conv2d):
         self.style = style
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self._pad(x), self.standardized(), stride=self.stride)
+        x, padding = padded(x, self.kernel_size[0], self.stride[0], self.style.padding)
+        return F.conv2d(x, self.standardized(), stride=self.stride, padding=padding)
 
     def standardized(self) -> Tensor:
         """The kernels that are convolved with, in the parameter's own precision."""
@@ -74,23 +75,21 @@ class StdConv2d(nn.Conv2d):
             return (self.weight - mean) * torch.rsqrt(variance + self.style.weight_eps)
         return (self.weight - mean) / (variance.sqrt() + self.style.weight_eps)
 
-    def _pad(self, x: Tensor) -> Tensor:
-        return pad(x, self.kernel_size[0], self.stride[0], self.style.padding)
-
     def init_weights(self, generator: torch.Generator) -> None:
         lecun_normal_(self.weight, generator)
 
 
-def pad(x: Tensor, kernel: int, stride: int, padding: Padding) -> Tensor:
-    """`x`, (B, W, R, R), with zeros around it, ready for a window of `kernel` that does not pad itself."""
+def padded(x: Tensor, kernel: int, stride: int, padding: Padding) -> tuple[Tensor, tuple[int, int]]:
+    """`x`, (B, W, R, R), and the zeros (rows, columns) its convolution or pooling has still to add on both sides.
+
+    Only where one side gets more than the other is `x` copied: autograd would keep the copy.
+    """
     if padding == "fixed":
-        half = (kernel - 1) // 2
-        return F.pad(x, (half, half, half, half)) if half else x
-    missing = [same_padding(side, kernel, stride) for side in (x.shape[-1], x.shape[-2])]
-    if not any(missing):
-        return x
-    (columns, rows) = missing
-    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return x, ((kernel - 1) // 2, (kernel - 1) // 2)
+    rows, columns = (same_padding(side, kernel, stride) for side in x.shape[-2:])
+    if rows % 2 == columns % 2 == 0:
+        return x, (rows // 2, columns // 2)
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)
 
 
 def same_padding(side: int, kernel: int, stride: int) -> int:
@@ -114,8 +113,12 @@ class Stem(nn.Module):
         x = self.conv(images)
         if self.norm is not None:
             x = F.relu(self.norm(x))
-        # Zero padding is right for both: after ReLU zero is the least value, and BiT pads with the constant zero.
-        return F.max_pool2d(pad(x, 3, 2, self.padding), 3, 2)
+        if self.padding == "fixed":
+            # BiT's maximum sees zeros at the border, not minus infinity.
+            return F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2)
+        # After ReLU a border of zeros and one of minus infinity are the same.
+        x, padding = padded(x, 3, 2, self.padding)
+        return F.max_pool2d(x, 3, 2, padding)
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.conv.init_weights(generator)
@@ -171,7 +174,9 @@ class Bottleneck(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(activated)
         y = self.conv1(activated)
         y = self.conv2(F.relu(self.norm2(y)))
-        return self.conv3(F.relu(self.norm3(y))) + shortcut
+        y = self.conv3(F.relu(self.norm3(y)))
+        # Autocast's convolutions give bfloat16; the sum is kept in fp32, as a post-activation network's is.
+        return _widened(y) + _widened(shortcut)
 
     def _postact(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -259,8 +264,19 @@ def backbone_stride(num_stages: int) -> int:
     return 4 * 2 ** max(num_stages - 1, 0)
 
 
+class GroupNorm(nn.GroupNorm):
+    """In fp32 whatever autocast says: CUDA does so by itself, the CPU would not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_widened(x))
+
+
 def group_norm(channels: int, style: ConvStyle) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=style.norm_eps)
+    return GroupNorm(GROUPS, channels, eps=style.norm_eps)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype is torch.bfloat16 else x
 
 
 def init_norm(norm: nn.GroupNorm) -> None:

@@ -10,7 +10,18 @@ from configs.model import VitConfig
 from vit.pos_embed import resize_pos_embed, sincos2d
 from vit.state import check_weights
 
-BODY_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "in_channels", "pool", "gelu", "pos_embed")
+BODY_FIELDS = (
+    "patch_size",
+    "stem",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_dim",
+    "in_channels",
+    "pool",
+    "gelu",
+    "pos_embed",
+)
 """What source and target must share; image size, classes, head and dropout may differ."""
 HEAD_FIELDS = ("num_classes", "head")
 HEAD_PREFIXES = ("pre_logits.", "head.")

@@ -51,7 +51,18 @@ def modelled_bytes(config: VitConfig, batch: int, precision: Precision) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("fields", [{}, {"head": "mlp"}, {"pool": "gap"}, {"gelu": "exact"}, {"num_heads": 6}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"head": "mlp"},
+        {"pool": "gap"},
+        {"gelu": "exact"},
+        {"num_heads": 6},
+        {"patch_size": 1, "stem": {"layers": (2, 1, 1), "width": 32}},
+        {"patch_size": 4, "stem": {"layers": (), "width": 32}},
+    ],
+)
 def test_what_autograd_saves(precision: Precision, fields: dict[str, Any]) -> None:
     config = VitConfig.model_validate(SIZES | fields)
     assert saved_bytes(config, 4, precision) == pytest.approx(modelled_bytes(config, 4, precision), rel=0.005)

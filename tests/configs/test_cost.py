@@ -40,6 +40,20 @@ def test_parameters_are_exact(variant: str, fields: dict[str, Any], parameters: 
     assert num_parameters(vit(variant, **fields)) == parameters
 
 
+@pytest.mark.parametrize(
+    ("variant", "fields", "parameters"),
+    [
+        # Those of timm's vit_base_r50_s16, vit_large_r50_s32, vit_small_r26_s32 and vit_tiny_r_s16_p8.
+        ("R50+B/16", {"image_size": 384}, 98_950_952),
+        ("R50+L/32", {}, 328_994_856),
+        ("R26+S/32", {}, 36_431_912),
+        ("R+Ti/16", {}, 6_337_704),
+    ],
+)
+def test_parameters_of_hybrids(variant: str, fields: dict[str, Any], parameters: int) -> None:
+    assert num_parameters(vit(variant, **fields)) == parameters
+
+
 @pytest.mark.parametrize(("variant", "billions"), [("g/14", 1.013), ("G/14", 1.844), ("So400m/14", 0.414)])
 def test_parameters_of_later_sizes(variant: str, billions: float) -> None:
     assert num_parameters(vit(variant)) / 1e9 == pytest.approx(billions, rel=0.003)
@@ -76,6 +90,12 @@ def test_multiply_accumulates(variant: str, fields: dict[str, Any], gmacs: float
         ("L/16", 7, 783, 0.01),
         ("L/16", 14, 1567, 0.01),
         ("H/14", 14, 4262, 0.01),
+        ("R50+B/32", 7, 106, 0.02),
+        ("R50+B/16", 7, 274, 0.01),
+        ("R50+L/32", 7, 246, 0.01),
+        ("R50+L/16", 14, 1668, 0.01),
+        # The same model for half as long: the paper's 859 is not half of its own 1668.
+        ("R50+L/16", 7, 859, 0.03),
     ],
 )
 def test_exaflops_of_table_6(variant: str, epochs: int, exaflops: float, tolerance: float) -> None:
@@ -89,10 +109,11 @@ def test_gap_has_no_class_token() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"pool": "gap"}, {"head": "mlp"}, {"image_size": (32, 64), "in_channels": 1}])
-def test_parameters_are_those_of_the_built_model(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("variant", ["Ti/16", "R26+S/32", "R+Ti/16"])
+def test_parameters_are_those_of_the_built_model(variant: str, fields: dict[str, Any]) -> None:
     from vit.model import empty
 
-    config = vit("Ti/16", num_classes=7, **fields)
+    config = vit(variant, num_classes=7, **fields)
     assert num_parameters(config) == sum(p.numel() for p in empty(config).parameters())
 
 
