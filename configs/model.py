@@ -100,12 +100,12 @@ class StemConfig(Strict):
     @property
     def stride(self) -> int:
         """Pixels per side of a feature: 4 after the stem, doubled by each stage but the first."""
-        return 4 * 2 ** max(len(self.layers) - 1, 0)
+        return 4 << max(len(self.layers) - 1, 0)
 
     @property
     def num_features(self) -> int:
         """Channels of the feature map."""
-        return self.width * 4 * 2 ** (len(self.layers) - 1) if self.layers else self.width
+        return self.width * 4 << (len(self.layers) - 1) if self.layers else self.width
 
 
 class ModelConfig(Strict):

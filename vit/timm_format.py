@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.model import VitConfig
 from configs.wire import ModelFile
 from vit.safetensors_file import write_safetensors
-from vit.state import check_weights
+from vit.state import check_weights, expected_shapes
 
 _FOREIGN_PARTS = {
     "fc_norm.": "a norm after pooling (fc_norm)",
@@ -28,7 +28,6 @@ _FOREIGN_PARTS = {
     "k_norm.": "query-key norm",
     "ls1.": "LayerScale",
     "ls2.": "LayerScale",
-    "patch_embed.backbone.": "a convolutional backbone",
     "head_dist.": "a distillation head",
 }
 
@@ -37,11 +36,12 @@ def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]
     """timm's state dict of the model made with `timm_arguments(config)`: equal logits.
 
     Raises:
-        ValueError: the model has an MLP head, which timm has not, or `state` is not a complete set of weights.
+        ValueError: the model has an MLP head or a stem that timm has not, or `state` is not a complete set of weights.
     """
     _refuse_mlp_head(config)
+    _timm_architecture(config)
     check_weights(state, config)
-    return dict(state)
+    return {_theirs(name, config): tensor for name, tensor in state.items()}
 
 
 def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
@@ -56,7 +56,8 @@ def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tenso
         for part, meaning in _FOREIGN_PARTS.items():
             if name.startswith(part) or f".{part}" in name:
                 raise ValueError(f"timm's model has {meaning} ({name}), which this model has not")
-    ours = dict(state)
+    names = {_theirs(name, config): name for name in expected_shapes(config)}
+    ours = {names.get(name, name): tensor for name, tensor in state.items()}
     rows, columns = config.grid
     positions = ours.get("pos_embed")
     if config.pool == "cls" and positions is not None and positions.shape[1] == rows * columns:
@@ -98,13 +99,13 @@ def timm_config(model_file: ModelFile) -> dict[str, Any]:
         "std": list(preprocess.std) * (channels // len(preprocess.std)),
         "num_classes": config.num_classes,
         "pool_size": None,
-        "first_conv": "patch_embed.proj",
+        "first_conv": "patch_embed.proj" if config.stem is None else "patch_embed.backbone.stem.conv",
         "classifier": "head",
     }
     if preprocess.class_names is not None:
         pretrained["label_names"] = list(preprocess.class_names)
     return {
-        "architecture": "vit_base_patch16_224",  # a starting point: model_args sets every size
+        "architecture": _timm_architecture(config),  # a starting point: model_args sets every size
         "num_classes": config.num_classes,
         "num_features": config.embed_dim,
         "model_args": timm_arguments(config),
@@ -123,6 +124,38 @@ def save_timm(state: Mapping[str, Tensor], model_file: ModelFile, folder: Path |
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(timm_config(model_file), indent=2) + "\n")
+
+
+_HYBRIDS = {
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (): "vit_tiny_r_s16_p8_224",
+}
+
+
+def _timm_architecture(config: VitConfig) -> str:
+    """timm's entry point with the model's stem."""
+    if config.stem is None:
+        return "vit_base_patch16_224"
+    if config.stem.layers not in _HYBRIDS or config.stem.width != 64:
+        raise ValueError(
+            f"timm has no hybrid whose stem has layers {list(config.stem.layers)} and width {config.stem.width}: only "
+            f"layers {', '.join(str(list(layers)) for layers in _HYBRIDS)} at width 64. Use the safetensors format"
+        )
+    if config.stem.numerics != "timm":
+        raise ValueError(
+            "timm's stems have other epsilons than the official ones this model was trained with, and would give other "
+            "logits: train with model.stem.numerics timm, or use the safetensors format"
+        )
+    return _HYBRIDS[config.stem.layers]
+
+
+def _theirs(name: str, config: VitConfig) -> str:
+    """timm's name of a weight: a stem without stages lies one level higher there."""
+    if config.stem is not None and not config.stem.layers:
+        return name.replace("patch_embed.backbone.stem.", "patch_embed.backbone.")
+    return name
 
 
 def _refuse_mlp_head(config: VitConfig) -> None:

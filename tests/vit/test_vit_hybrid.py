@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from configs.model import ModelConfig, VitConfig
+from configs.wire import ModelFile, Preprocess
 from tests.vit.test_vit_resnet import randomize
 from vit import build
 from vit.optim import layer_numbers, param_groups
+from vit.timm_format import from_timm, save_timm, to_timm
 from vit.transfer import resize_weights, transfer_weights
 
 TINY: dict[str, Any] = {
@@ -53,6 +56,32 @@ def test_logits_are_timms(name: str, variant: str) -> None:
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
     torch.testing.assert_close(ours.double()(images), theirs.double()(images), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["R26+S/32", "R+Ti/16"])
+def test_an_export_opens_in_timm_and_comes_back(variant: str, tmp_path: Path) -> None:
+    fields = ModelConfig(variant=variant, num_classes=9, image_size=64, in_channels=1).vit().model_dump()
+    fields |= {"depth": 2, "stem": fields["stem"] | {"numerics": "timm"}}
+    exported = VitConfig.model_validate(fields)
+    model = build(exported).eval()
+    randomize(model)
+    preprocess = Preprocess(image_size=(64, 64), in_channels=1, mean=(0.5,), std=(0.5,), crop="resize")
+    save_timm(model.state_dict(), ModelFile(model=exported, preprocess=preprocess), tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+
+    back = from_timm(theirs.state_dict(), exported)
+
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model.double()(images), theirs.double()(images), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("stem", [{"layers": (1, 2), "numerics": "timm"}, {"layers": (3, 4, 9)}])
+def test_a_stem_timm_has_not_is_not_exported(stem: dict[str, Any]) -> None:
+    unlike = config(stem=stem, image_size=(64, 64))
+    with pytest.raises(ValueError, match="timm"):
+        to_timm(build(unlike).state_dict(), unlike)
 
 
 @pytest.mark.parametrize(
