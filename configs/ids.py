@@ -9,11 +9,16 @@ from ulid import ULID
 _ULID = r"[0-9A-HJKMNP-TV-Z]{26}"
 JOB_ID = re.compile(rf"^job_{_ULID}$")
 ATTEMPT_ID = re.compile(rf"^att_({_ULID})_([0-9]{{4}})$")
+UPLOAD_ID = re.compile(rf"^upl_{_ULID}$")
 CHECKPOINT_ID = re.compile(rf"^ckpt_({_ULID})_s([0-9]{{9}})_a([0-9]{{4}})$")
 
 
 def new_job_id() -> str:
     return f"job_{ULID()}"
+
+
+def new_upload_id() -> str:
+    return f"upl_{ULID()}"
 
 
 def new_token_id() -> str:

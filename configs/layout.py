@@ -9,6 +9,7 @@
         manifest.json                       written last, If-None-Match: *; without it there is no checkpoint
     exports/<format>/…                      what an export job made
     report.json                             what an evaluate job found (EvaluationReport)
+<prefix>uploads/<upload>/file               a weights file on its way to an import job
 <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
 """
 
@@ -67,6 +68,14 @@ def export_prefix(job_id: str, fmt: str) -> str:
 
 def report_key(job_id: str) -> str:
     return f"{job_prefix(job_id)}report.json"
+
+
+def uploads_prefix() -> str:
+    return "uploads/"
+
+
+def upload_key(upload_id: str) -> str:
+    return f"{uploads_prefix()}{upload_id}/file"
 
 
 def dataset_index_key(name: str, fingerprint: str) -> str:

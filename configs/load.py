@@ -27,6 +27,7 @@ from configs.spec import (
     EvaluateJob,
     ExportJob,
     FinetuneJob,
+    ImportJob,
     JobSpec,
     PretrainJob,
     job_spec_adapter,
@@ -50,6 +51,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "finetune": FinetuneJob,
     "evaluate": EvaluateJob,
     "export": ExportJob,
+    "import": ImportJob,
 }
 
 MAX_OVERRIDES = 200

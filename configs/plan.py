@@ -29,7 +29,7 @@ from configs.cost import (
 from configs.errors import SpecError, close_matches
 from configs.model import VitConfig
 from configs.resolve import SourceCheckpoint, num_eval_examples, num_train_examples, resolve
-from configs.spec import EvaluateJob, ExportJob, JobSpec, TrainingJob
+from configs.spec import EvaluateJob, ExportJob, ImportJob, JobSpec, TrainingJob
 from configs.wire import DatasetCard
 
 ASSUMED_MFU = 0.40
@@ -92,7 +92,7 @@ def plan(
     """The plan of a job, resolved or not.
 
     Args:
-        card: of the job's data; None only for an export.
+        card: of the job's data; None only for an export or import.
         gpu: "H100" or "H100:8" to plan for those instead of what the job asks for.
         source: the checkpoint of `init_from`, if it is known.
 
@@ -101,6 +101,8 @@ def plan(
     """
     if isinstance(spec, ExportJob):
         return _plan_export(source)
+    if isinstance(spec, ImportJob):
+        return Plan(kind="import", world_size=1, notes=("Reads one file and writes its weights as a checkpoint.",))
     if isinstance(spec, EvaluateJob):
         return _plan_evaluation(resolve(spec, card, source), card, source)
     assert card is not None

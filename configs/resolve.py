@@ -18,7 +18,7 @@ from configs.data import DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.model import HYBRIDS, SIZE_FIELDS, VARIANTS, ModelConfig, VitConfig, stride_text, variant_sizes
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, JobSpec, PretrainJob, job_spec_adapter
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, PretrainJob, job_spec_adapter
 from configs.train import Every, Schedule
 from configs.wire import DatasetCard, Preprocess
 
@@ -35,7 +35,7 @@ __all__ = [
     "training_fingerprint",
 ]
 
-Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob)
+Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class SourceCheckpoint:
 
 
 def data_of(spec: JobSpec, source: SourceCheckpoint | None = None) -> DataConfig | None:
-    """The data a job reads: its own, or (evaluate) that of its checkpoint. None: it reads none (export), or unknown."""
-    if isinstance(spec, ExportJob):
+    """The data a job reads: its own, or (evaluate) that of its checkpoint. None: it reads none (export, import), or
+    unknown."""
+    if isinstance(spec, ExportJob | ImportJob):
         return None
     if spec.data is not None:
         return spec.data
@@ -368,6 +369,9 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
         "image_size",
         "precision",
         "format",
+        "file",
+        "preprocess",
+        "config",
         "weights",
     ):
         value = document.get(part)

@@ -6,9 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
-from configs.base import Label, Strict
+from configs.base import Label, Positive, Strict
 from configs.data import DataConfig
-from configs.model import ModelConfig
+from configs.imports import UPLOAD_ID_PATTERN, ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat
+from configs.model import ModelConfig, VitConfig
 from configs.service import Queue, Resources, Retry
 from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Weights, Zero
 
@@ -130,13 +131,16 @@ class EvaluateJob(_Job):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
+ExportFormat = Literal["safetensors", "timm", "npz"]
+
+
 class ExportJob(_Job):
     """A checkpoint's weights in a format other code reads."""
 
     kind: Literal["export"]
     init_from: CheckpointRef
     weights: Weights = WEIGHTS
-    format: Literal["safetensors", "timm"] = "safetensors"
+    format: ExportFormat = "safetensors"
 
     @model_validator(mode="after")
     def _one_worker(self) -> Self:
@@ -145,6 +149,33 @@ class ExportJob(_Job):
         return self
 
 
-JobSpec = Annotated[PretrainJob | FinetuneJob | EvaluateJob | ExportJob, Field(discriminator="kind")]
+class UploadedFile(Strict):
+    """A file that was uploaded to the object store."""
+
+    upload: Annotated[str, StringConstraints(pattern=UPLOAD_ID_PATTERN)]
+    name: Label = Field(description="The file's original name.")
+    num_bytes: Positive
+    sha256: Sha256
+    source: Origin = Field("", description="Where it came from: a URL, or text.")
+
+
+class ImportJob(_Job):
+    """Weights from elsewhere, made a checkpoint. Made by `POST /v1/checkpoints:import`, never submitted."""
+
+    kind: Literal["import"]
+    file: UploadedFile
+    format: WeightFormat | None = Field(None, description="Left out: whatever the file is.")
+    model: ImportModel = ImportModel()
+    preprocess: ImportPreprocess = ImportPreprocess()
+    config: VitConfig | None = Field(None, description="The whole configuration, of a file of ours.")
+
+    @model_validator(mode="after")
+    def _one_worker(self) -> Self:
+        if self.resources.worker_range != (1, 1):
+            raise ValueError("resources.workers: an import runs on one worker")
+        return self
+
+
+JobSpec = Annotated[PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob, Field(discriminator="kind")]
 TrainingJob = PretrainJob | FinetuneJob
-job_spec_adapter: TypeAdapter[PretrainJob | FinetuneJob | EvaluateJob | ExportJob] = TypeAdapter(JobSpec)
+job_spec_adapter: TypeAdapter[PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob] = TypeAdapter(JobSpec)

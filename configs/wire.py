@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, Field
 
 from configs.base import Stored
+from configs.imports import WeightOrigin
 from configs.model import VitConfig
 from configs.reasons import ExitReason
 from configs.states import Desired
@@ -126,7 +127,9 @@ class ExitFile(Stored):
 
 
 # -- reports: rank -> driver -> control plane --------------------------------------------------------------------------
-Phase = Literal["starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting"]
+Phase = Literal[
+    "starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting", "importing"
+]
 
 
 class Heartbeat(Stored):
@@ -264,6 +267,8 @@ class Manifest(Stored):
     parent: ParentCut | None = None
     model: VitConfig
     preprocess: Preprocess
+    origin: WeightOrigin | None = None
+    """Of imported weights: the file they came from."""
     tensors: dict[str, tuple[int, ...]]
     """Full shape of each weight."""
     files: tuple[ShardFile, ...]

@@ -29,17 +29,21 @@ from orchestrator.schemas import (
     EventPublic,
     ExportPage,
     Health,
+    ImportCreate,
     JobCard,
     JobPage,
     JobPreview,
     JobPublic,
     LogPage,
     MetricsPublic,
+    PartUrl,
+    PartUrls,
     PresetPage,
     PresetPublic,
     Readiness,
     TokenCreated,
     TokenPage,
+    UploadPublic,
     Whoami,
 )
 
@@ -224,6 +228,24 @@ class Checkpoints:
         raise LookupError(
             f"{job_id} has no {wanted or 'finished'} checkpoint" + ("" if found else " (it has none yet)")
         )
+
+    def begin_import(self, request: ImportCreate) -> UploadPublic:
+        """An upload for a weights file: a new one, or the open one of the same content."""
+        body = request.model_dump(mode="json")
+        return parse(UploadPublic, self._connection.request("POST", "/v1/checkpoints:import", json=body, retry=True))
+
+    def part_urls(self, upload_id: str, parts: Sequence[int]) -> tuple[PartUrl, ...]:
+        """Where to PUT parts of an upload; good for an hour."""
+        path, body = f"/v1/uploads/{upload_id}/urls", {"parts": list(parts)}
+        return parse(PartUrls, self._connection.request("POST", path, json=body, retry=True)).items
+
+    def complete_import(self, upload_id: str) -> JobPublic:
+        """Queue the import of an upload whose parts are all there. Returns its job; again: the same one."""
+        return parse(JobPublic, self._connection.request("POST", f"/v1/uploads/{upload_id}/complete", retry=True))
+
+    def abort_import(self, upload_id: str) -> None:
+        """Give an upload up and delete its parts."""
+        self._connection.request("DELETE", f"/v1/uploads/{upload_id}")
 
     @contextmanager
     def read(self, checkpoint_id: str, name: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:

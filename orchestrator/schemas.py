@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
 
 from configs.base import Label, Slug, Stored, Strict
+from configs.imports import ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat, WeightOrigin
 from configs.model import VitConfig
 from configs.states import JobState
 from configs.wire import DatasetCard, EvaluationReport, LogLine, Preprocess, RankFailure
@@ -260,6 +261,7 @@ class CheckpointPublic(Stored):
     aliases: tuple[str, ...] = Field(description="best, latest.")
     available: bool = Field(description="Valid and not deleted.")
     pinned: bool
+    origin: WeightOrigin | None = Field(None, description="Of imported weights: the file they came from.")
     deleted_at: AwareDatetime | None
     created_at: AwareDatetime
 
@@ -280,6 +282,62 @@ class ExportPublic(Stored):
 
 class ExportPage(Stored):
     items: tuple[ExportPublic, ...]
+
+
+# -- weights from elsewhere ----------------------------------------------------------------------
+class ImportCreate(Strict):
+    """A weights file to import. Its bytes go to the object store directly, in parts."""
+
+    file: Label = Field(description="The file's name; its ending says what it is: .safetensors or .npz.")
+    num_bytes: Annotated[int, Field(ge=1, le=2**53)]
+    sha256: Sha256
+    name: Label | None = Field(None, description="Of the import job; left out: the file's name.")
+    source: Origin = Field("", description="Where the file came from: a URL, or text.")
+    project: Slug = "default"
+    format: WeightFormat | None = Field(None, description="Left out: whatever the file is.")
+    model: ImportModel = ImportModel()
+    preprocess: ImportPreprocess = ImportPreprocess()
+    config: VitConfig | None = Field(None, description="The whole configuration, of a file of ours.")
+
+
+class PartPublic(Stored):
+    """A part that has arrived."""
+
+    number: int = Field(description="From 1.")
+    num_bytes: int
+
+
+class UploadPublic(Stored):
+    id: str
+    state: str = Field(description="OPEN, COMPLETED or ABORTED.")
+    file: str
+    num_bytes: int
+    sha256: str
+    part_bytes: int = Field(description="Of every part but the last.")
+    num_parts: int
+    parts: tuple[PartPublic, ...] = Field(description="Those that have arrived.")
+    job_id: str | None = Field(description="The import job, once the upload is complete.")
+    created_at: AwareDatetime
+    expires_at: AwareDatetime
+
+
+class PartUrlsCreate(Strict):
+    """Which parts are to be sent next."""
+
+    parts: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(min_length=1, max_length=100)]
+
+
+class PartUrl(Stored):
+    """Where to PUT the bytes of a part. The URL is signed: send no headers of your own."""
+
+    number: int
+    num_bytes: int
+    url: str
+
+
+class PartUrls(Stored):
+    items: tuple[PartUrl, ...]
+    expires_at: AwareDatetime
 
 
 # -- the run card ----------------------------------------------------------------------

@@ -24,6 +24,11 @@ class Settings(BaseSettings):
     s3_access_key: SecretStr = SecretStr("")
     s3_secret_key: SecretStr = SecretStr("")
     s3_public: bool = Field(False, description="Clients reach the store: hand out presigned URLs instead of streaming.")
+    s3_public_endpoint: str | None = Field(
+        None, description="The store's address as clients reach it, for presigned URLs; left out: s3_endpoint."
+    )
+    max_import_bytes: int = Field(16 * 1024**3, description="The largest weights file that may be uploaded.")
+    upload_expires_s: float = Field(24 * 3600.0, description="An upload that is not complete by then is aborted.")
     ray_address: str = Field("http://127.0.0.1:8265", description="Ray's dashboard (Jobs and State API).")
     ray_token: SecretStr = SecretStr("")
     entrypoint: str = Field("python -m workers.driver", description="Constant command of every Ray job.")

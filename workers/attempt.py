@@ -27,7 +27,7 @@ from configs.layout import report_key
 from configs.model import VitConfig
 from configs.reasons import ExitReason
 from configs.resolve import load_resolved
-from configs.spec import EvaluateJob, ExportJob, TrainingJob
+from configs.spec import EvaluateJob, ExportJob, ImportJob, TrainingJob
 from configs.states import Desired
 from configs.wire import AttemptFile, CheckpointSource, EvaluationReport, ParentCut, Phase, Preprocess
 from vit.transfer import resize_weights, transfer_weights
@@ -41,6 +41,7 @@ from workers.ema import WeightAverage
 from workers.engine import DeepSpeedEngine, build_engine
 from workers.evaluate import evaluate
 from workers.export import export_weights
+from workers.import_weights import import_weights
 from workers.loop import train
 from workers.outcome import JobError, RankOutcome, outcome_of
 from workers.report import Reporter
@@ -55,7 +56,7 @@ log = structlog.get_logger(__name__)
 def run_rank(
     attempt: AttemptFile, ranks: Ranks, reporter: Reporter, store: ObjectStore, data_root: Path | None
 ) -> RankOutcome:
-    """Do this rank's part of an attempt: train, evaluate or export. Never raises: failures are outcomes."""
+    """Do this rank's part of an attempt: train, evaluate, export or import. Never raises: failures are outcomes."""
     steps = _LastStep(reporter)
     try:
         spec = load_resolved(attempt.spec)
@@ -66,6 +67,8 @@ def run_rank(
             return _evaluate(attempt, spec, ranks, steps, store, data_root)
         if isinstance(spec, ExportJob):
             return _export(attempt, spec, ranks, steps, store)
+        if isinstance(spec, ImportJob):
+            return _import(attempt, spec, ranks, steps, store)
         return _train(attempt, spec, ranks, steps, store, data_root)
     except Exception as error:  # noqa: BLE001 - the rank's top level
         outcome = outcome_of(error, steps.step)
@@ -247,6 +250,17 @@ def _export(attempt: AttemptFile, spec: ExportJob, ranks: Ranks, reporter: Repor
                 export_weights(store, attempt.job_id, spec.format, state, manifest, Path(folder))
             except ValueError as error:
                 raise JobError(f"format: {error}") from error
+    reporter.heartbeat("finishing", 0)
+    return RankOutcome(ExitReason.COMPLETED)
+
+
+def _import(attempt: AttemptFile, spec: ImportJob, ranks: Ranks, reporter: Reporter, store: ObjectStore) -> RankOutcome:
+    # A checkpoint to continue from is the one this job makes: an earlier attempt died when all was done.
+    if ranks.is_first and attempt.resume_from is None:
+        with tempfile.TemporaryDirectory(prefix="patchwork-import-") as folder:
+            reporter.checkpoint(
+                import_weights(attempt, spec, store, Path(folder), lambda: reporter.heartbeat("importing", 0))
+            )
     reporter.heartbeat("finishing", 0)
     return RankOutcome(ExitReason.COMPLETED)
 

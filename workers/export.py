@@ -10,19 +10,21 @@ from torch import Tensor
 
 from configs.layout import export_prefix
 from configs.wire import Manifest, ModelFile
+from vit.formats import read_weights, write_official
 from vit.safetensors_file import read_safetensors
 from vit.timm_format import from_timm, save_timm
 from vit.weights import CONFIG_NAME, WEIGHTS_NAME, save
 from workers.shards import CheckpointCorrupt
 from workers.store import NotFound, ObjectStore
 
+NPZ_NAME = "model.npz"
 _CHUNK_BYTES = 64 * 1024 * 1024
 
 
 def export_weights(
     store: ObjectStore, job_id: str, format_: str, state: Mapping[str, Tensor], manifest: Manifest, folder: Path
 ) -> None:
-    """Write exports/<format>/model.safetensors and config.json, by way of `folder`, and read them back.
+    """Write exports/<format>/model.safetensors (or .npz) and config.json, by way of `folder`, and read them back.
 
     Raises:
         ValueError: the format cannot express the model.
@@ -36,19 +38,21 @@ def export_weights(
         step=manifest.step,
         metrics=manifest.metrics,
     )
-    (save_timm if format_ == "timm" else save)(state, model_file, folder)
+    write = {"timm": save_timm, "npz": write_official}.get(format_, save)
+    write(state, model_file, folder)
+    weights_name = NPZ_NAME if format_ == "npz" else WEIGHTS_NAME
     prefix = export_prefix(job_id, format_)
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
+    for name in (weights_name, CONFIG_NAME):
         store.put_file(prefix + name, folder / name)
-    _check_export(store, prefix, format_, state, manifest, folder / "read-back.safetensors")
+    _check_export(store, prefix, format_, state, manifest, folder / f"read-back{Path(weights_name).suffix}")
 
 
 def _check_export(
     store: ObjectStore, prefix: str, format_: str, state: Mapping[str, Tensor], manifest: Manifest, path: Path
 ) -> None:
-    key = prefix + WEIGHTS_NAME
+    key = prefix + (NPZ_NAME if format_ == "npz" else WEIGHTS_NAME)
     _download(store, key, path)
-    found = read_safetensors(path)
+    found = read_weights(path, config=manifest.model).state if format_ == "npz" else read_safetensors(path)
     if format_ == "timm":
         found = from_timm(found, manifest.model)
     for name, tensor in state.items():

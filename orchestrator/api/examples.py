@@ -54,3 +54,12 @@ EXPORT: dict[str, Any] = {
 
 DATASET: dict[str, Any] = {"name": "flowers", "path": "flowers"}
 TOKEN: dict[str, Any] = {"name": "ci", "role": "member", "expires_in_s": 2592000}
+
+IMPORT = {
+    "file": "vit_small_patch16_224.safetensors",
+    "num_bytes": 88_197_728,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "source": "timm/vit_small_patch16_224.augreg_in21k",
+    "format": "timm",
+}
+PART_URLS = {"parts": [1, 2, 3]}

@@ -3,6 +3,7 @@
     main thread   holds the leadership lease and says that it lives
     scheduler     looks at the cluster, then at the queue
     reconcilers   look at jobs that are due
+    sweeper       removes uploads that were abandoned or are imported
 
 Any number of controllers may run; one leads, the others wait for its lease to end. Jobs are guarded by leases of their
 own, so even two that both think they lead do nothing twice.
@@ -30,6 +31,7 @@ from orchestrator.control.leases import give_up_leadership, hold_leadership
 from orchestrator.control.queue_view import beat, schedule_queue, store_cluster
 from orchestrator.control.ray_rest import RayLauncher
 from orchestrator.control.reconciler import Reconciler, utc_now
+from orchestrator.control.sweep_uploads import sweep_uploads
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage.db import Database, is_unavailable
 from orchestrator.storage.store import ObjectStore, S3Store, StoreError, StoreUnfit
@@ -40,6 +42,7 @@ IDLE_S = 0.2
 CLUSTER_EVERY_S = 2.0
 SCHEDULE_EVERY_S = 0.3
 LEAD_EVERY_S = 2.0
+SWEEP_EVERY_S = 60.0
 AFTER_ERROR_S = 1.0
 JOIN_S = 30.0
 _Result = TypeVar("_Result")
@@ -75,7 +78,10 @@ class Controller:
 
     def run(self) -> None:
         """Lead, schedule and reconcile until `stop`; then hand the leadership over at once."""
-        threads = [threading.Thread(target=self._schedule, name="scheduler")]
+        threads = [
+            threading.Thread(target=self._schedule, name="scheduler"),
+            threading.Thread(target=self._sweep, name="sweeper"),
+        ]
         threads += [
             threading.Thread(target=self._reconcile, name=f"reconciler-{i}") for i in range(self._num_reconcilers)
         ]
@@ -121,6 +127,15 @@ class Controller:
                     looked_at = time.monotonic()
                 self._survive("scheduler", lambda: schedule_queue(self._db, utc_now()))
             self._stop.wait(SCHEDULE_EVERY_S)
+
+    def _sweep(self) -> None:
+        while not self._stop.is_set():
+            if self.leads:
+                self._survive("sweeper", self._sweep_once)
+            self._stop.wait(SWEEP_EVERY_S if self.leads else SCHEDULE_EVERY_S)
+
+    def _sweep_once(self) -> None:
+        sweep_uploads(self._db, self._store, utc_now(), self._settings.upload_expires_s)
 
     def _look_at_cluster(self) -> None:
         try:

@@ -28,7 +28,7 @@ from orchestrator.storage.registry import resolve_ref
 from orchestrator.storage.store import ObjectStore
 from orchestrator.storage.tables import CheckpointRow, JobRow
 
-EXPORT_FORMATS = ("safetensors", "timm")
+EXPORT_FORMATS = ("safetensors", "timm", "npz")
 _RANGE = re.compile(r"^bytes=(\d{0,19})-(\d{0,19})$")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from configs.imports import WeightOrigin
 from configs.model import VitConfig
 from configs.reasons import EXIT_REASONS
 from configs.states import JobState
@@ -130,6 +131,7 @@ def checkpoint_public(row: CheckpointRow, aliases: Sequence[str]) -> CheckpointP
         aliases=tuple(aliases),
         available=row.valid and row.deleted_at is None,
         pinned=row.pinned,
+        origin=None if row.origin is None else WeightOrigin.model_validate(row.origin),
         deleted_at=row.deleted_at,
         created_at=row.created_at,
     )

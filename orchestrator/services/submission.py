@@ -22,7 +22,7 @@ from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, JobSpec
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec
 from configs.states import JobState
 from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
@@ -119,6 +119,13 @@ def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) ->
         return _insert(session, actor, row, key)
 
 
+def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> str:
+    """Queue the import of an uploaded file, in the caller's transaction; returns the job's id. Raises SpecError."""
+    spec = parse_spec(document)
+    row = _row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
+    return _insert(session, actor, row, None).job_id
+
+
 def preview_job(db: Database, request: Request) -> JobPreview:
     """What `submit_job` would store. Raises SpecError."""
     with db.reader() as session:
@@ -204,6 +211,13 @@ def _look_up(
 ) -> tuple[JobSpec, DatasetCard | None, SourceCheckpoint | None, str | None]:
     """The parsed spec with its data set's card, the checkpoint it starts from, and how that is stored."""
     spec = _parse(request, for_plan=for_plan)
+    if isinstance(spec, ImportJob):
+        raise SpecError.at(
+            "/kind",
+            "an import begins with its file: POST /v1/checkpoints:import, or `patchwork import`",
+            "import",
+            "pretrain, finetune, evaluate, export",
+        )
     faults: list[FieldError] = []
     source, init_from = None, None
     if isinstance(spec, FinetuneJob | EvaluateJob | ExportJob):
@@ -285,7 +299,7 @@ def _row(request: Request, prepared: Prepared) -> JobRow:
         init_from=prepared.init_from,
         plan=prepared.plan.model_dump(mode="json"),
         priority=spec.queue.priority,
-        total_steps=None if isinstance(spec, EvaluateJob | ExportJob) else spec.schedule.total_steps,
+        total_steps=None if isinstance(spec, EvaluateJob | ExportJob | ImportJob) else spec.schedule.total_steps,
     )
 
 

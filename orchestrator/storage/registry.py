@@ -196,6 +196,7 @@ def _row(manifest: Manifest, valid: bool) -> dict[str, Any]:
         "preprocess": manifest.preprocess.model_dump(mode="json"),
         "valid": valid,
         "pinned": False,
+        "origin": None if manifest.origin is None else manifest.origin.model_dump(mode="json"),
         "created_at": manifest.created_at if manifest.created_at.tzinfo else manifest.created_at.replace(tzinfo=UTC),
     }
 

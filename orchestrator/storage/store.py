@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import boto3
@@ -60,6 +61,12 @@ class StoredObject(NamedTuple):
     size: int
 
 
+class StoredPart(NamedTuple):
+    number: int
+    size: int
+    etag: str
+
+
 class ObjectStore(Protocol):
     """Keys to bytes. Every method may raise StoreUnavailable or StoreRefused."""
 
@@ -97,6 +104,30 @@ class ObjectStore(Protocol):
         """A URL that lets its holder GET the object for so many seconds."""
         ...
 
+    def create_upload(self, key: str) -> str:
+        """Begin an upload in parts; returns the store's name for it."""
+        ...
+
+    def presign_part(self, key: str, upload: str, number: int, expires_s: int) -> str:
+        """A URL that lets its holder PUT part `number` (from 1)."""
+        ...
+
+    def list_parts(self, key: str, upload: str) -> tuple[StoredPart, ...]:
+        """The parts that have arrived, by number. Raises NotFound: there is no such upload (any more)."""
+        ...
+
+    def complete_upload(self, key: str, upload: str, parts: Sequence[StoredPart]) -> None:
+        """Make the object of its parts. Raises NotFound."""
+        ...
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        """Forget the upload and its parts; a missing one is no error."""
+        ...
+
+    def open_uploads(self, prefix: str) -> Iterator[tuple[str, str, datetime]]:
+        """Key, name and beginning of every upload under `prefix` that is neither complete nor aborted."""
+        ...
+
 
 class S3Store:
     """An S3 service, through boto3. Safe to use from several threads."""
@@ -110,25 +141,32 @@ class S3Store:
         prefix: str,
         access_key: str,
         secret_key: str,
+        public_endpoint: str | None = None,
     ) -> None:
         self.bucket = bucket
         self.prefix = prefix
+
         # What decides how long a call may take and how it is signed is said here, not left to the environment.
-        self._client: S3Client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name=region,
-            aws_access_key_id=access_key,
-            aws_secret_access_key=secret_key,
-            config=Config(
-                connect_timeout=5,
-                read_timeout=30,
-                retries={"mode": "standard", "total_max_attempts": 5},
-                signature_version="s3v4",
-                s3={"addressing_style": "path" if endpoint else "auto"},
-                max_pool_connections=32,
-            ),
-        )
+        def client(address: str | None) -> S3Client:
+            return boto3.client(
+                "s3",
+                endpoint_url=address,
+                region_name=region,
+                aws_access_key_id=access_key,
+                aws_secret_access_key=secret_key,
+                config=Config(
+                    connect_timeout=5,
+                    read_timeout=30,
+                    retries={"mode": "standard", "total_max_attempts": 5},
+                    signature_version="s3v4",
+                    s3={"addressing_style": "path" if address else "auto"},
+                    max_pool_connections=32,
+                ),
+            )
+
+        self._client = client(endpoint)
+        # Signs URLs only, and never connects: the address is part of what is signed.
+        self._signer = self._client if public_endpoint in (None, endpoint) else client(public_endpoint)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -139,6 +177,7 @@ class S3Store:
             prefix=settings.s3_prefix,
             access_key=settings.s3_access_key.get_secret_value(),
             secret_key=settings.s3_secret_key.get_secret_value(),
+            public_endpoint=settings.s3_public_endpoint,
         )
 
     def get(self, key: str) -> bytes:
@@ -194,9 +233,44 @@ class S3Store:
                 raise StoreRefused(f"{error.get('Key')}: not deleted: {error.get('Code')} {error.get('Message', '')}")
 
     def presign(self, key: str, expires_s: int) -> str:
-        return self._client.generate_presigned_url(
+        return self._signer.generate_presigned_url(
             "get_object", Params={"Bucket": self.bucket, "Key": self.prefix + key}, ExpiresIn=expires_s
         )
+
+    def create_upload(self, key: str) -> str:
+        with _translated(key):
+            return self._client.create_multipart_upload(Bucket=self.bucket, Key=self.prefix + key)["UploadId"]
+
+    def presign_part(self, key: str, upload: str, number: int, expires_s: int) -> str:
+        part = {"Bucket": self.bucket, "Key": self.prefix + key, "UploadId": upload, "PartNumber": number}
+        return self._signer.generate_presigned_url("upload_part", Params=part, ExpiresIn=expires_s)
+
+    def list_parts(self, key: str, upload: str) -> tuple[StoredPart, ...]:
+        pages = self._client.get_paginator("list_parts")
+        with _translated(key):
+            found = pages.paginate(Bucket=self.bucket, Key=self.prefix + key, UploadId=upload)
+            parts = [part for page in found for part in page.get("Parts", [])]
+        return tuple(StoredPart(part["PartNumber"], part["Size"], part["ETag"]) for part in parts)
+
+    def complete_upload(self, key: str, upload: str, parts: Sequence[StoredPart]) -> None:
+        with _translated(key):
+            self._client.complete_multipart_upload(
+                Bucket=self.bucket,
+                Key=self.prefix + key,
+                UploadId=upload,
+                MultipartUpload={"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in parts]},
+            )
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        with suppress(NotFound), _translated(key):
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=self.prefix + key, UploadId=upload)
+
+    def open_uploads(self, prefix: str) -> Iterator[tuple[str, str, datetime]]:
+        pages = self._client.get_paginator("list_multipart_uploads")
+        with _translated(prefix):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                for item in page.get("Uploads", []):
+                    yield item["Key"].removeprefix(self.prefix), item["UploadId"], item["Initiated"]
 
     def create_bucket(self) -> None:
         """Create the bucket if it is missing."""

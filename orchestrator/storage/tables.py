@@ -212,8 +212,34 @@ class CheckpointRow(Base):
     valid: Mapped[bool] = mapped_column(Boolean, default=True)
     """False once the lineage rule ignores it or verification failed."""
     pinned: Mapped[bool] = mapped_column(Boolean, default=False)
+    origin: Mapped[dict[str, Any] | None] = mapped_column(JSON, nullable=True)
+    """The WeightOrigin of imported weights."""
     deleted_at: Mapped[datetime | None] = mapped_column(nullable=True)
     created_at: Mapped[datetime]
+
+
+class UploadRow(Base):
+    """A weights file on its way into the object store, in parts, and what is to be made of it."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    """OPEN | COMPLETED | ABORTED"""
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """The ImportCreate."""
+    sha256: Mapped[str] = mapped_column(String(64))
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    part_bytes: Mapped[int] = mapped_column(BigInteger)
+    store_upload: Mapped[str | None] = mapped_column(String(1024), nullable=True)
+    """The store's own name of the multipart upload."""
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), nullable=True)
+    """The import job; its file is deleted when that has ended."""
+    token_id: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None] = mapped_column(nullable=True)
+    """Nothing of the file is left in the store."""
 
 
 class DatasetRow(Base):

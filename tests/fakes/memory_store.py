@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 
-from orchestrator.storage.store import CHUNK_BYTES, AlreadyExists, NotFound, StoredObject, StoreUnavailable
+from orchestrator.storage.store import (
+    CHUNK_BYTES,
+    AlreadyExists,
+    NotFound,
+    StoredObject,
+    StoredPart,
+    StoreUnavailable,
+)
 
 
 class MemoryStore:
@@ -14,6 +22,8 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.uploads: dict[tuple[str, str], dict[int, bytes]] = {}
+        self.upload_began = datetime.now(UTC)
         self.fail_next = 0
         self.lose_next_reply = False
         self._lock = threading.Lock()
@@ -59,6 +69,41 @@ class MemoryStore:
 
     def presign(self, key: str, expires_s: int) -> str:
         return f"https://store.example/{key}?expires={expires_s}"
+
+    def create_upload(self, key: str) -> str:
+        self._maybe_fail(key)
+        upload = f"upload-{len(self.uploads)}"
+        self.uploads[key, upload] = {}
+        return upload
+
+    def presign_part(self, key: str, upload: str, number: int, expires_s: int) -> str:
+        return f"https://store.example/{key}?upload={upload}&part={number}&expires={expires_s}"
+
+    def put_part(self, key: str, upload: str, number: int, data: bytes) -> None:
+        """What a client's PUT to a part's URL does."""
+        self.uploads[key, upload][number] = data
+
+    def list_parts(self, key: str, upload: str) -> tuple[StoredPart, ...]:
+        self._maybe_fail(key)
+        if (key, upload) not in self.uploads:
+            raise NotFound(key)
+        parts = self.uploads[key, upload]
+        return tuple(StoredPart(number, len(data), f'"{number}"') for number, data in sorted(parts.items()))
+
+    def complete_upload(self, key: str, upload: str, parts: Sequence[StoredPart]) -> None:
+        self._maybe_fail(key)
+        if (key, upload) not in self.uploads:
+            raise NotFound(key)
+        data = self.uploads.pop((key, upload))
+        self.objects[key] = b"".join(data[part.number] for part in parts)
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        self._maybe_fail(key)
+        self.uploads.pop((key, upload), None)
+
+    def open_uploads(self, prefix: str) -> Iterator[tuple[str, str, datetime]]:
+        self._maybe_fail(prefix)
+        return iter([(key, upload, self.upload_began) for key, upload in self.uploads if key.startswith(prefix)])
 
     def _maybe_fail(self, key: str) -> None:
         if self.fail_next > 0:
