@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from configs.load import SpecError
-from orchestrator.cli import admin, demo, jobs, output, plan, report, stack, telemetry, weights
+from orchestrator.cli import admin, demo, finetune, imports, jobs, output, plan, report, stack, telemetry, weights
 from orchestrator.cli.follow import Detached
 from orchestrator.cli.options import Wiring
 from orchestrator.client import ApiError, NotConfigured, PatchworkError, Unreachable
@@ -44,6 +44,8 @@ for command, panel in (
     (jobs.pause, _RUN),
     (jobs.resume, _RUN),
     (jobs.retry, _RUN),
+    (finetune.finetune, _RUN),
+    (imports.import_weights, _RUN),
     (weights.fetch, _RUN),
     (jobs.list_jobs, _LOOK),
     (jobs.show, _LOOK),
@@ -58,9 +60,11 @@ for command, panel in (
     (admin.cluster, _SERVER),
     (admin.version, _SERVER),
 ):
-    app.command({"list_jobs": "list"}.get(command.__name__, command.__name__), rich_help_panel=panel)(command)
+    named = {"list_jobs": "list", "import_weights": "import"}.get(command.__name__, command.__name__)
+    app.command(named, rich_help_panel=panel)(command)
 # For `make demo`: it wants a folder it may empty.
 app.command("demo", hidden=True)(demo.demo)
+app.add_typer(imports.checkpoints_app, name="checkpoints", rich_help_panel=_LOOK)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)
 app.add_typer(admin.tokens_app, name="tokens", rich_help_panel=_SERVER)
 
