@@ -18,6 +18,9 @@ demo: env  ## train, fine-tune, evaluate and fetch a small ViT on real images (S
 test: env  ## the tests, for example make test ARGS='tests/vit -x'
 	$(PYTHON) -m pytest $(ARGS)
 
+soak: env  ## a real job whose parts are killed at random, then the same weights: make soak MINUTES=10 SEED=0
+	$(PYTHON) -m tests.faults.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+
 check: env lint types test  ## lint, types and tests
 
 lint: env  ## ruff, its formatter, and the import rules between packages
@@ -34,4 +37,4 @@ wheel: env  ## dist/*.whl
 clean:  ## remove what was made here (not the cached environment)
 	rm -rf .venv dist build demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help env demo test check lint types wheel clean
+.PHONY: help env demo test soak check lint types wheel clean

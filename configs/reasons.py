@@ -31,6 +31,7 @@ class ExitReason(StrEnum):
     CLUSTER_LOST = "CLUSTER_LOST"
     START_TIMEOUT = "START_TIMEOUT"
     STORAGE_ERROR = "STORAGE_ERROR"
+    STORAGE_REFUSED = "STORAGE_REFUSED"
     CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
     FENCED = "FENCED"
     CRASH_LOOP = "CRASH_LOOP"
@@ -71,6 +72,12 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
     ExitReason.START_TIMEOUT: ReasonRow(_F, "infra", "The workers did not start in time; see `patchwork cluster`."),
     ExitReason.STORAGE_ERROR: ReasonRow(
         _F, "infra", "The object store could not be used; check its health and credentials."
+    ),
+    ExitReason.STORAGE_REFUSED: ReasonRow(
+        _F,
+        "user",
+        "The object store refused the workers: mend their keys, policy or bucket, then `patchwork retry` goes on from "
+        "the last checkpoint.",
     ),
     ExitReason.CHECKPOINT_CORRUPT: ReasonRow(
         _F, "infra", "A checkpoint failed verification; the one before it is used."

@@ -342,6 +342,7 @@ class _LastStep:
         self.event = reporter.event
         self.checkpoint = reporter.checkpoint
         self.desired = reporter.desired
+        self.flush = reporter.flush
 
     def heartbeat(self, phase: Phase, step: int) -> None:
         self.step = step

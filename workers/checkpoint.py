@@ -37,6 +37,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from configs.failpoints import failpoint
 from configs.ids import checkpoint_id
 from configs.layout import checkpoint_prefix, manifest_key
 from configs.model import VitConfig
@@ -50,7 +51,7 @@ from workers.ema import WeightAverage
 from workers.owned import HasDeepSpeed, Owned, begin_load, finish_load, moment, moment_names, owned, shapes
 from workers.report import Reporter
 from workers.shards import CheckpointCorrupt, RankFiles, ShardBuffer, Wanted, read_into
-from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError
+from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError, StoreRefused
 from workers.versions import versions
 
 UPLOAD_DEADLINE_S = 480.0
@@ -224,6 +225,8 @@ class Checkpointer:
             work()
         except AlreadyExists as error:
             self._failure = ExitReason.FENCED, f"another process of attempt {self._facts.attempt} wrote {error}"
+        except StoreRefused as error:
+            self._failure = ExitReason.STORAGE_REFUSED, str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is must reach the other ranks
             self._failure = ExitReason.STORAGE_ERROR, f"{type(error).__name__}: {error}"
 
@@ -233,6 +236,9 @@ class Checkpointer:
             self._persist(partial(self._store.put, save.prefix + buffer.name, buffer.data))
         record = RankFiles(rank=self._ranks.rank, files=tuple(files)).model_dump_json().encode()
         self._persist(partial(self._store.put, save.prefix + self._record_name(self._ranks.rank), record))
+        # Steps up to here are never done again: what was measured in them must not die with this process.
+        self._reporter.flush()
+        failpoint("checkpoint.uploaded", rank=self._ranks.rank, step=save.progress.step)
         self._num_uploaded = save.number
 
     def _commit(self, save: _Save) -> None:
@@ -244,12 +250,14 @@ class Checkpointer:
         ]
         manifest = self._manifest(save, tuple(file for record in records for file in record.files))
         key = manifest_key(save.prefix)
+        failpoint("checkpoint.before_manifest", step=save.progress.step)
         try:
             self._persist(partial(self._store.put, key, manifest.model_dump_json().encode(), if_none_match=True))
         except AlreadyExists:
             # Ours, if an earlier try got through and only its answer was lost.
             if read_manifest(self._store, save.prefix).nonce != manifest.nonce:
                 raise
+        failpoint("checkpoint.committed", step=save.progress.step)
         self.committed_step = save.progress.step
         self._reporter.checkpoint(manifest.checkpoint_id)
 
@@ -292,6 +300,8 @@ class Checkpointer:
         while True:
             try:
                 return action()
+            except StoreRefused:
+                raise
             except StorageError:
                 if time.monotonic() + pause_s > deadline or self._closed.wait(pause_s):
                     raise

@@ -5,7 +5,8 @@ next. A rank that learns of an order, or whose upload failed, needs no extra col
 knows. The device is never synchronised for it.
 
     word[0]  the strongest order of any rank: run 0 < yield 1 < pause 2 < stop 3
-    word[1]  the gravest failure of any rank's background work: none 0 < STORAGE_ERROR 1 < FENCED 2
+    word[1]  the gravest failure of any rank's background work: none 0 < STORAGE_ERROR 1
+             < STORAGE_REFUSED 2 < FENCED 3
     word[2]  minus the number of checkpoints this rank has uploaded, so that MAX gives what *all* have uploaded
 """
 
@@ -21,7 +22,7 @@ from configs.states import Desired
 from workers.distributed import Ranks
 
 ORDERS = (Desired.RUN, Desired.YIELD, Desired.PAUSE, Desired.STOP)
-FAILURES = (None, ExitReason.STORAGE_ERROR, ExitReason.FENCED)
+FAILURES = (None, ExitReason.STORAGE_ERROR, ExitReason.STORAGE_REFUSED, ExitReason.FENCED)
 LEAVES_WITH = {
     Desired.YIELD: ExitReason.PREEMPTED,
     Desired.PAUSE: ExitReason.PAUSED,

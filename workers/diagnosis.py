@@ -95,6 +95,7 @@ SPECIFIC = frozenset(
         ExitReason.NAN_LOSS,
         ExitReason.OOM_GPU,
         ExitReason.STORAGE_ERROR,
+        ExitReason.STORAGE_REFUSED,
         ExitReason.CHECKPOINT_CORRUPT,
         ExitReason.FENCED,
     }

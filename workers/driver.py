@@ -47,7 +47,7 @@ from workers.hub import Drained, ReportHub
 from workers.node import NodeSettings, load_node_settings, open_store
 from workers.progress import ProgressWatch
 from workers.rank_main import rank_main
-from workers.store import AlreadyExists, NotFound, ObjectStore, StoreError
+from workers.store import AlreadyExists, NotFound, ObjectStore, StoreError, StoreRefused
 from workers.worker_group import GroupEnd, RayTrainWorkerGroup, WorkerGroup
 
 log = structlog.get_logger(__name__)
@@ -413,12 +413,18 @@ def main(run_rank: Callable[..., Any] | None = None) -> int:
         except Exception as error:
             log.error("The driver failed.", exc_info=True)
             message = f"The driver failed: {type(error).__name__}: {error}"[:2000]
-            reason = ExitReason.STORAGE_ERROR if isinstance(error, StoreError) else ExitReason.PLATFORM_ERROR
+            reason = _reason_of(error)
             exit_file = ExitFile(attempt_id=attempt_id, reason=reason, message=message, ended_at=datetime.now(UTC))
             return 0 if put_exit(store, exit_file, EXIT_WRITE_S) else 1
     except (DriverError, ValueError, OSError) as error:
         log.error("The driver cannot begin.", error=str(error))
         return 1
+
+
+def _reason_of(error: Exception) -> ExitReason:
+    if isinstance(error, StoreRefused):
+        return ExitReason.STORAGE_REFUSED
+    return ExitReason.STORAGE_ERROR if isinstance(error, StoreError) else ExitReason.PLATFORM_ERROR
 
 
 def _drive_attempt(

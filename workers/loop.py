@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.failpoints import failpoint
 from configs.reasons import ExitReason
 from configs.spec import TrainingJob
 from configs.states import Desired
@@ -97,6 +98,8 @@ def train(
             return _leave(ExitReason.COMPLETED, measured, checkpointer, control, reporter, progress)
         if is_new or measured:
             checkpointer.maybe_save(progress, measured, control)
+
+        failpoint("loop.step", rank=ranks.rank, step=progress.step)
 
         # One step.
         started, waited_before = time.perf_counter(), loader.wait_s

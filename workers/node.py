@@ -32,6 +32,7 @@ class NodeSettings(BaseSettings):
     s3_prefix: str = Field("", description="Put before every key; empty or ending in /.")
     s3_access_key: SecretStr = SecretStr("")
     s3_secret_key: SecretStr = SecretStr("")
+    s3_read_timeout_s: Seconds = Field(30.0, description="The store's silence for so long: the request is tried again.")
     api_url: str = Field("http://127.0.0.1:8400", description="The control plane, as this node reaches it.")
     worker_secret: SecretStr = Field(SecretStr(""), description="Proves to the control plane that a driver is ours.")
     data_root: Path | None = Field(None, description="Where data sets lie on this node.")
@@ -74,4 +75,5 @@ def open_store(settings: NodeSettings) -> S3Store:
         # Without keys boto3 looks where it always does (instance role, profile).
         access_key=settings.s3_access_key.get_secret_value() or None,
         secret_key=settings.s3_secret_key.get_secret_value() or None,
+        read_timeout_s=settings.s3_read_timeout_s,
     )

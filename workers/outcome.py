@@ -12,7 +12,7 @@ from configs.reasons import ExitReason
 from workers.checkpoint import CheckpointMismatch
 from workers.data.errors import DataError
 from workers.shards import CheckpointCorrupt
-from workers.store import StoreError
+from workers.store import StoreError, StoreRefused
 
 # gloo and NCCL report a lost peer as a plain RuntimeError.
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting", re.IGNORECASE)
@@ -54,6 +54,8 @@ def _reason(error: Exception) -> ExitReason:
             return ExitReason.CHECKPOINT_CORRUPT
         case CheckpointMismatch() | JobError():
             return ExitReason.SPEC_INVALID
+        case StoreRefused():
+            return ExitReason.STORAGE_REFUSED
         case StoreError():
             return ExitReason.STORAGE_ERROR
         case torch.OutOfMemoryError():

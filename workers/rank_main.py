@@ -38,9 +38,13 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 PUSH_INTERVAL_S = 1.0
 _MAX_BUFFERED = 50_000
+FLUSH_S = 5.0
+"""How long a flush waits for a driver that is slow to answer."""
 _RENDEZVOUS_S = 120.0
 _MESSAGE_CHARS = 4_000
 _HUB_LOST = 70
+# By name: this module is imported before torch and boto3 may be.
+_STORE_FAILURES = {"StorageError": ExitReason.STORAGE_ERROR, "StoreRefused": ExitReason.STORAGE_REFUSED}
 """Exit status of a rank whose driver is gone."""
 
 
@@ -118,6 +122,10 @@ class RankReporter:
         self._checkpoints: list[str] = []
         self._desired = Desired.RUN
         self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._num_taken = 0
+        self._num_sent = 0
+        self._sent = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
@@ -146,6 +154,13 @@ class RankReporter:
         self._beats += 1
         return self._desired
 
+    def flush(self) -> None:
+        with self._sent:
+            # What is noted by now goes with the next push at the latest; one under way may have been taken before.
+            target = self._num_taken + 1
+            self._wake.set()
+            self._sent.wait_for(lambda: self._num_sent >= target or self._stop.is_set(), FLUSH_S)
+
     @property
     def step(self) -> int:
         return self._step
@@ -153,16 +168,22 @@ class RankReporter:
     def close(self) -> None:
         """Pushes what is left and ends the thread."""
         self._stop.set()
+        self._wake.set()
         self._thread.join(timeout=self._interval_s + 30.0)
 
     def _run(self) -> None:
         unsent: Push | None = None
         while True:
-            is_last = self._stop.wait(self._interval_s)
+            self._wake.wait(self._interval_s)
+            self._wake.clear()
+            is_last = self._stop.is_set()
             push = unsent or self._take()
             try:
                 self._desired = self._hub.push(push)
                 unsent = None
+                with self._sent:
+                    self._num_sent = self._num_taken
+                    self._sent.notify_all()
             except HubLost:
                 self._on_hub_lost()
                 return
@@ -190,6 +211,7 @@ class RankReporter:
                 beats=self._beats,
             )
             push = Push(heartbeat, tuple(self._metrics), tuple(self._events), tuple(self._checkpoints))
+            self._num_taken += 1
             self._metrics.clear()
             self._events.clear()
             self._checkpoints = []
@@ -246,7 +268,7 @@ def run(
         log.error("The rank failed.", exc_info=True)
         return RankEnd(
             info.rank,
-            ExitReason.STORAGE_ERROR if type(error).__name__ == "StorageError" else ExitReason.PLATFORM_ERROR,
+            _STORE_FAILURES.get(type(error).__name__, ExitReason.PLATFORM_ERROR),
             node=info.node,
             message=str(error)[:_MESSAGE_CHARS],
             step=reporter.step,

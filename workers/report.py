@@ -9,7 +9,7 @@ from configs.wire import Phase
 
 
 class Reporter(Protocol):
-    """What a rank may tell its driver. No call blocks on the network or raises: a background thread sends."""
+    """What a rank may tell its driver. No call raises, and none but `flush` blocks: a background thread sends."""
 
     def heartbeat(self, phase: Phase, step: int) -> None:
         """Note where this rank is; sent with the next push."""
@@ -25,6 +25,10 @@ class Reporter(Protocol):
 
     def checkpoint(self, checkpoint_id: str) -> None:
         """A manifest now exists."""
+        ...
+
+    def flush(self) -> None:
+        """Return once all that was noted so far has left this process, or after a few seconds. Not for the step."""
         ...
 
     def desired(self) -> Desired:

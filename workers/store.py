@@ -4,6 +4,7 @@ StoreError
 ├── NotFound        no such object
 ├── AlreadyExists   a conditional write lost: the object is there
 └── StorageError    anything else, after the client's own retries; the key and the service's answer are named
+    └── StoreRefused    the service knows us and says no: trying again changes nothing until somebody mends it
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class AlreadyExists(StoreError):
 
 class StorageError(StoreError):
     """The store could not be used."""
+
+
+class StoreRefused(StorageError):
+    """Keys, policy or bucket are wrong."""
 
 
 class ObjectStore(Protocol):
@@ -106,10 +111,12 @@ _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 _EXISTS = {"412", "PreconditionFailed"}
 _CONFLICT = {"409", "ConditionalRequestConflict"}
 _CONFLICT_TRIES = 5
+_REFUSED = {"403", "AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "NoSuchBucket", "SignatureDoesNotMatch"}
 
 
 class S3Store:
-    """Any S3 service. Connections time out (5 s to connect, 30 s to read) and are retried by the client."""
+    """Any S3 service. Connections time out (5 s to connect, `read_timeout_s` for each answer) and are retried by the
+    client."""
 
     def __init__(
         self,
@@ -120,6 +127,7 @@ class S3Store:
         prefix: str,
         access_key: str | None,
         secret_key: str | None,
+        read_timeout_s: float = 30.0,
     ) -> None:
         self._bucket = bucket
         self._prefix = prefix
@@ -132,7 +140,7 @@ class S3Store:
             config=Config(
                 signature_version="s3v4",
                 connect_timeout=5,
-                read_timeout=30,
+                read_timeout=read_timeout_s,
                 retries={"mode": "standard", "max_attempts": 5},
                 s3={"addressing_style": "path"},
                 max_pool_connections=32,
@@ -209,4 +217,13 @@ def _code(error: ClientError) -> str:
 
 
 def _storage_error(action: str, key: str, error: Exception) -> StorageError:
-    return StorageError(f"cannot {action} {key!r}: {type(error).__name__}: {error}")
+    kind = StoreRefused if _refuses(error) else StorageError
+    return kind(f"cannot {action} {key!r}: {type(error).__name__}: {error}")
+
+
+def _refuses(error: Exception) -> bool:
+    # boto3's transfers wrap the service's answer in an error of their own, whose text ends with it.
+    answer: BaseException | None = error
+    while answer is not None and not isinstance(answer, ClientError):
+        answer = answer.__cause__ or answer.__context__
+    return isinstance(answer, ClientError) and _code(answer) in _REFUSED

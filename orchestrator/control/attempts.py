@@ -20,6 +20,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from configs.failpoints import failpoint
 from configs.ids import attempt_id
 from configs.layout import attempt_key, exit_key
 from configs.lineage import parents_of_next
@@ -91,7 +92,9 @@ def submit_attempt(
         # Before, not after: a submission to a new cluster whose reply is lost must be looked for there.
         guarded(session, claim)
         session.get_one(AttemptRow, attempt).cluster_id = cluster_id
+    failpoint("launch.before_submit")
     launcher.submit(attempt)
+    failpoint("launch.after_submit")
     with db.session() as session:
         guarded(session, claim)
         row = session.get_one(AttemptRow, attempt)

@@ -327,12 +327,14 @@ def _end(
     if reason is ExitReason.COMPLETED and policy.is_training and (seen.newest_step or 0) < (job.total_steps or 0):
         reason = ExitReason.STORAGE_ERROR
         message = f"It completed, but its last checkpoint (step {job.total_steps}) is not in the object store."
+    last_step = max(attempt.to_step, said.last_step if said else 0)
     ended = Ended(
         reason,
         message,
         error_type(said),
         made_progress=seen.made_progress,
-        made_a_step=max(attempt.to_step, said.last_step if said else 0) > attempt.from_step,
+        made_a_step=last_step > attempt.from_step,
+        last_step=last_step,
     )
     return End(reason, message, said, follow(job, ended, seen.previous, policy, settings, jitter))
 

@@ -202,6 +202,7 @@ def _ended(session: Session, attempt: AttemptRow) -> Ended | None:
         error_type=str(failure.get("error_type", "")),
         made_progress=_made_progress(session, attempt),
         made_a_step=attempt.to_step > attempt.from_step,
+        last_step=attempt.to_step,
     )
 
 

@@ -41,6 +41,7 @@ class Ended:
     made_progress: bool = False
     """It committed a checkpoint."""
     made_a_step: bool = False
+    last_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def move(job: JobRow, state: JobState, reason: str | None, message: str, *, desi
 def is_crash_loop(ended: Ended, before: Ended | None) -> bool:
     """Twice the same failure, and nothing gained in between.
 
-    For losses of infrastructure only if both attempts named the same error before their first step: two lost nodes in a
-    row are bad luck, two identical exceptions while building are not.
+    For losses of infrastructure only if both attempts named the same error at the same step, or before their first: two
+    lost nodes in a row are bad luck, two identical exceptions at one place are not.
     """
     if before is None or (before.reason, before.error_type) != (ended.reason, ended.error_type):
         return False
@@ -113,7 +114,8 @@ def is_crash_loop(ended: Ended, before: Ended | None) -> bool:
         return False
     if EXIT_REASONS[ended.reason].retry == "user":
         return True
-    return bool(ended.error_type) and not (before.made_a_step or ended.made_a_step)
+    stepped = before.made_a_step or ended.made_a_step
+    return bool(ended.error_type) and (not stepped or before.last_step == ended.last_step)
 
 
 def backoff_s(failures: int, settings: Settings, jitter: float) -> float:

@@ -60,6 +60,11 @@ class ServerProcess:
             time.sleep(0.1)
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None, "start() first"
+        return self._process.pid
+
+    @property
     def exit_code(self) -> int | None:
         return self._process.exit_code if self._process else None
 

@@ -7,11 +7,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 
@@ -38,6 +38,8 @@ class Part(Protocol):
     def name(self) -> str: ...
     @property
     def exit_code(self) -> int | None: ...
+    @property
+    def pid(self) -> int: ...
     def start(self) -> None: ...
     def wait_ready(self) -> None: ...
     def stop(self) -> None: ...
@@ -56,6 +58,9 @@ class Stack:
 
     `port` None: 8400; 0: any free one. `num_cpus` None: as many as the machine has. `data_root`: where data sets lie;
     None: in the data directory. `on_step(part, state)` hears of every change: starting, ready, failed.
+
+    `settings` and `node_settings` go over those the stack finds out for the control plane and for the workers.
+    `front(part, url)` says where a part ("object store", "Ray") is reached instead of at its own URL: behind a proxy.
     """
 
     def __init__(
@@ -66,8 +71,14 @@ class Stack:
         num_cpus: int | None = None,
         data_root: Path | None = None,
         on_step: Callable[[str, str], None] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        node_settings: Mapping[str, Any] | None = None,
+        front: Callable[[str, str], str] | None = None,
     ) -> None:
         self.dir = data_dir
+        self._settings = dict(settings or {})
+        self._node_settings = dict(node_settings or {})
+        self._front = front or (lambda _, url: url)
         self.url = ""
         self.token = ""
         self._wanted_port = DEFAULT_PORT if port is None else port
@@ -157,7 +168,7 @@ class Stack:
 
     def _write_settings(self, port: int, store: ObjectStoreServer, ray: RayHead) -> None:
         shared = {
-            "s3_endpoint": store.endpoint,
+            "s3_endpoint": self._front("object store", store.endpoint),
             "s3_region": store.region,
             "s3_bucket": store.bucket,
             "s3_access_key": store.access_key,
@@ -168,12 +179,13 @@ class Stack:
         control_plane = shared | {
             "database_url": f"sqlite:///{self.dir.database}",
             "s3_public": True,
-            "ray_address": ray.address,
+            "ray_address": self._front("Ray", ray.address),
             "ray_token": ray.token,
             "host": "127.0.0.1",
             "port": port,
         }
-        node = shared | {"api_url": self.url, "log_dir": str(self.dir.logs / "ranks")}
+        control_plane |= self._settings
+        node = shared | {"api_url": self.url, "log_dir": str(self.dir.logs / "ranks")} | self._node_settings
         write_private(self.dir.settings_file, json.dumps(control_plane, indent=2))
         write_private(self.dir.node_file, json.dumps(node, indent=2))
 
@@ -199,6 +211,14 @@ class Stack:
                 return
             time.sleep(0.1)
         raise ProcessFailed(f"the controller does not see the Ray cluster: {cluster['message']}")
+
+    def pid(self, part: str) -> int:
+        """The guardian of a part ("object-store", "ray-head", "API", "controller"); the server is its child.
+
+        Raises:
+            KeyError: there is no such part.
+        """
+        return {watched.part.name: watched.part for watched in self._watched}[part].pid
 
     # -- watch ---------------------------------------------------------------------------------------------------------
     def watch(self, on_event: Callable[[str], None], stop: threading.Event) -> None:

@@ -98,3 +98,10 @@ def test_every_setting_is_documented() -> None:
 def test_the_readme_names_every_document() -> None:
     readme = TEXTS["README.md"]
     assert not [name for name in TEXTS if name != "README.md" and f"]({name})" not in readme]
+
+
+def test_every_test_that_the_fault_table_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXTS["docs/faults.md"])
+    assert len(named) > 20
+    for path, function in named:
+        assert re.search(rf"^def {function}", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{function}"

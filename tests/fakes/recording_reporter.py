@@ -34,5 +34,8 @@ class RecordingReporter:
     def checkpoint(self, checkpoint_id: str) -> None:
         self.checkpoints.append(checkpoint_id)
 
+    def flush(self) -> None:
+        pass
+
     def desired(self) -> Desired:
         return self._order(self.step)

@@ -391,9 +391,16 @@ def test_user_failures_are_retried_only_on_request() -> None:
         (ExitReason.PLATFORM_ERROR, Ended(ExitReason.PLATFORM_ERROR, error_type="KeyError"), {}, True),
         (
             ExitReason.PLATFORM_ERROR,
-            Ended(ExitReason.PLATFORM_ERROR, error_type="KeyError", made_a_step=True),
+            Ended(ExitReason.PLATFORM_ERROR, error_type="KeyError", made_a_step=True, last_step=1_000_000),
             {},
             False,
+        ),
+        (
+            # The same error at the same step, in both attempts.
+            ExitReason.PLATFORM_ERROR,
+            Ended(ExitReason.PLATFORM_ERROR, error_type="KeyError", made_a_step=True, last_step=0),
+            {},
+            True,
         ),
     ],
 )

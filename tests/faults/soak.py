@@ -1,0 +1,176 @@
+"""`make soak MINUTES=n`: a real job on the real stack while its parts are killed at random; then the same weights.
+
+The job is trained once undisturbed and once under fire. Under fire, every 10 to 30 seconds one of rank, driver, API,
+controller, object store and Ray head gets SIGKILL, or a rank SIGSTOP. At the end: weights and moments bit-equal, one
+lineage, nothing left on the cluster. Exits with 1 where that does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from orchestrator.client import ApiError, Client
+from orchestrator.connection import PatchworkError
+from orchestrator.embedded.data_dir import DataDir
+from orchestrator.embedded.stack import Stack
+from orchestrator.schemas import JobPublic
+from tests.faults.conftest import NODE_SETTINGS, SETTINGS
+from tests.stack.jobs import fashion_mnist_folder, final_weights, pretraining
+
+VICTIMS = ("rank", "rank", "driver", "API", "controller", "object-store", "ray-head", "stop a rank")
+STEPS_PER_MINUTE = 1200
+"""Of this job on two cores; the soak lasts as long as the job does."""
+
+
+class Soak:
+    def __init__(self, stack: Stack, client: Client, seed: int) -> None:
+        self.stack = stack
+        self.client = client
+        self.random = random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.begun = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.begun:7.1f} s  {text}", flush=True)
+
+    def job(self, job_id: str) -> JobPublic | None:
+        """None while the API is away."""
+        try:
+            return self.client.jobs.get(job_id)
+        except (ApiError, PatchworkError, OSError):
+            return None
+
+    def run(self, steps: int, harm: bool) -> JobPublic:
+        spec = pretraining(schedule__total_steps=steps, checkpoint__every_steps=50, checkpoint__keep_last=2)
+        spec |= {"name": "under fire" if harm else "undisturbed", "retry": {"max_infra_failures": 1000}}
+        spec["train"]["log_every_steps"] = 50
+        job_id = self.client.jobs.create(spec).id
+        next_at = time.monotonic() + 15.0
+        shown = 0.0
+        while True:
+            job = self.job(job_id)
+            if job is not None and job.is_terminal:
+                return job
+            if job is not None and time.monotonic() - shown > 5.0:
+                shown = time.monotonic()
+                self.say(f"{job.state}, step {job.progress.step} of {steps}, attempt {job.num_attempts}")
+            if harm and time.monotonic() > next_at:
+                next_at = time.monotonic() + self.random.uniform(10.0, 30.0)
+                self.harm(job)
+            time.sleep(0.5)
+
+    def harm(self, job: JobPublic | None) -> None:
+        victim = self.random.choice(VICTIMS)
+        pid = self.find(victim, job)
+        if pid is None:
+            return
+        number = signal.SIGSTOP if victim == "stop a rank" else signal.SIGKILL
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        self.kills[victim] += 1
+        self.say(f"{number.name} to {victim} ({pid})")
+
+    def find(self, victim: str, job: JobPublic | None) -> int | None:
+        if victim in ("rank", "stop a rank"):
+            ranks = job.attempts[-1].ranks if job is not None and job.attempts else ()
+            return self.random.choice(ranks).pid if ranks else None
+        try:
+            if victim == "driver":
+                below = psutil.Process(self.stack.pid("ray-head")).children(recursive=True)
+                return next((p.pid for p in below if "workers.driver" in " ".join(p.cmdline())), None)
+            children = psutil.Process(self.stack.pid(victim)).children()
+            return children[0].pid if children else None
+        except (psutil.NoSuchProcess, AssertionError):
+            return None  # it is just being started again
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0, help="about how long (default 10)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.minutes <= 0:
+        parser.error(f"--minutes {arguments.minutes}: expected more than 0")
+    folder = Path(tempfile.mkdtemp(prefix="pw-soak-"))
+    (folder / "data").mkdir()
+    (folder / "data" / "fashion-mnist").symlink_to(fashion_mnist_folder())
+    stack = Stack(
+        DataDir(folder / "stack"),
+        port=0,
+        num_cpus=4,
+        data_root=folder / "data",
+        settings=SETTINGS,
+        node_settings=NODE_SETTINGS,
+        on_step=lambda part, state: print(f"{part}: {state}", flush=True),
+    )
+    stop = threading.Event()
+    watcher: threading.Thread | None = None
+    try:
+        stack.start()
+        with Client(stack.url, stack.token) as client:
+            soak = Soak(stack, client, arguments.seed)
+            watcher = threading.Thread(target=stack.watch, args=(soak.say, stop))
+            watcher.start()
+            return judge(soak, max(200, round(arguments.minutes * STEPS_PER_MINUTE / 2)))
+    except KeyboardInterrupt:
+        print("Interrupted; the stack is stopped.", flush=True)
+        return 130
+    finally:
+        stop.set()
+        if watcher is not None:
+            watcher.join()
+        stack.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def judge(soak: Soak, steps: int) -> int:
+    expected = soak.run(steps, harm=False)
+    job = soak.run(steps, harm=True)
+    checks: dict[str, Callable[[], bool]] = {
+        "both succeeded": lambda: expected.state == job.state == "SUCCEEDED",
+        "weights and moments are bit-equal": lambda: same(soak.client, expected.id, job.id),
+        "attempts follow one another": lambda: all(
+            after.created_at >= (before.ended_at or after.created_at)
+            for before, after in zip(job.attempts, job.attempts[1:], strict=False)
+        ),
+        "no process of it is left": lambda: (
+            not any(psutil.pid_exists(rank.pid) for attempt in job.attempts for rank in attempt.ranks)
+        ),
+    }
+    print(
+        f"\n{steps} steps; killed: {', '.join(f'{n} x {what}' for what, n in sorted(soak.kills.items())) or 'nobody'}"
+    )
+    ends = Counter(attempt.exit_reason for attempt in job.attempts)
+    print(f"{job.num_attempts} attempts: {', '.join(f'{n} x {reason}' for reason, n in ends.items())}")
+    print(f"work lost: {job.usage.wasted_steps} steps, {job.usage.wasted_gpu_s:.1f} worker-seconds")
+    good = True
+    for what, check in checks.items():
+        holds = check()
+        good = good and holds
+        print(f"{'ok  ' if holds else 'FAIL'}  {what}")
+    return 0 if good else 1
+
+
+def same(client: Client, one: str, other: str) -> bool:
+    first, second = final_weights(client, one), final_weights(client, other)
+    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Drivers, the API, the controller and Ray that die, lie or fall silent (rows 10 to 14, 16 to 18 of docs/faults.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.faults.scene import EVERY, Scene, assert_exact, assert_nothing_left, is_running, reasons
+from tests.stack.jobs import finished, running_attempt, until
+
+pytestmark = pytest.mark.stack
+
+
+def process_of(scene: Scene, needle: str) -> psutil.Process:
+    """The process below the Ray head whose command line holds the needle."""
+
+    def probe() -> psutil.Process | None:
+        for process in psutil.Process(scene.stack.pid("ray-head")).children(recursive=True):
+            try:
+                if needle in " ".join(process.cmdline()):
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+        return None
+
+    return until(f"a process of {needle}", probe)
+
+
+def freeze(scene: Scene, job_id: str, step: int) -> None:
+    """Arm and wait: rank 1 stands at `step`, past a checkpoint, until somebody ends it."""
+    fired = scene.arm("loop.step", f"sleep=20 rank=1 step={step}")
+    until(f"{job_id} at step {step}", fired.exists, 60)
+
+
+@pytest.mark.parametrize("needle", ["workers.driver", "JobSupervisor"])
+def test_rows_10_11_the_driver_or_its_supervisor_is_killed(scene: Scene, needle: str) -> None:
+    job = scene.submit()
+    freeze(scene, job.id, EVERY + 5)
+    scene.checkpoint_at(job.id, EVERY)
+    driver = process_of(scene, "workers.driver")
+    process_of(scene, needle).kill()
+    until("the driver is gone", lambda: not is_running(driver.pid), 20)
+    job = finished(scene.client, job.id)
+    first, second = job.attempts
+    assert first.exit_reason in ("DRIVER_LOST", "WORKER_LOST")
+    assert second.from_step == EVERY
+    assert_exact(scene, job)
+    assert_nothing_left(scene, job)
+
+
+def test_row_13_ray_says_failed_while_the_workers_live(scene: Scene) -> None:
+    def failed(body: bytes) -> bytes:
+        details = json.loads(body)
+        return json.dumps(details | {"status": "FAILED", "message": "lost"}).encode() if "status" in details else body
+
+    def nothing(body: bytes) -> bytes:
+        listing = json.loads(body)
+        listing["data"]["result"]["result"] = []
+        return json.dumps(listing).encode()
+
+    job = scene.submit()
+    freeze(scene, job.id, EVERY + 5)
+    scene.checkpoint_at(job.id, EVERY)
+    attempt = scene.client.jobs.get(job.id).attempts[-1]
+    # Ray calls the job failed and lists none of its actors or placement groups, though all of them run.
+    with (
+        scene.ray.rule("change", "GET", rf"/api/jobs/{attempt.id}$", change=failed),
+        scene.ray.rule("change", "GET", r"/api/v0/(actors|placement_groups)", change=nothing),
+    ):
+        until("a second attempt", lambda: scene.client.jobs.get(job.id).num_attempts == 2, 60)
+    job = finished(scene.client, job.id)
+    first, second = job.attempts
+    assert second.from_step == EVERY
+    assert second.exit_reason == "COMPLETED"
+    # What the zombie committed or reported after its successor began counts for nothing.
+    counted = [c for c in scene.client.jobs.checkpoints(job.id) if c.available]
+    assert {c.attempt for c in counted if c.step > EVERY} == {second.number}
+    assert_exact(scene, job)
+    until("the zombie has left", lambda: not [r for r in first.ranks if is_running(r.pid)], 40)
+    assert_nothing_left(scene, job)
+
+
+@pytest.mark.parametrize("down_s", [0.0, 12.0])
+def test_row_16_the_control_plane_is_killed(scene: Scene, down_s: float) -> None:
+    job = scene.submit()
+    waiting = [
+        scene.submit(name=f"waiting-{number}", resources={"workers": 1, "cpus_per_worker": 8, "gpus_per_worker": 0})
+        for number in range(2 if down_s else 0)
+    ]
+    freeze(scene, job.id, 5)
+    parts = ("API", "controller")
+    if down_s:
+        # Stopped, then killed: away for a while, without a word.
+        pids = [scene.kill_part(part, signal.SIGSTOP) for part in parts]
+        time.sleep(down_s)  # the fault itself: so long nobody hears of them
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    else:
+        for part in parts:
+            scene.kill_part(part)
+    until("the API answers", lambda: answers(scene), 60)
+    job = finished(scene.client, job.id)
+    assert reasons(job.attempts) == ["COMPLETED"], "the attempt has gone on, and nobody started another"
+    assert_exact(scene, job)
+    # The queue is as it was: both are there, in their order, and neither was started twice.
+    done = [finished(scene.client, other.id) for other in waiting]
+    assert [other.num_attempts for other in done] == [1, 1]
+    started = [other.attempts[0].created_at for other in done]
+    assert started == sorted(started)
+    assert_nothing_left(scene, job)
+
+
+def answers(scene: Scene) -> bool:
+    try:
+        return scene.client.health().status == "ok"
+    except Exception:  # noqa: BLE001 - it is down in many ways
+        return False
+
+
+@pytest.mark.parametrize("place", ["launch.before_submit", "launch.after_submit"])
+def test_rows_17_18_the_controller_is_killed_around_the_submission(scene: Scene, place: str) -> None:
+    fired = scene.arm(place, "kill")
+    job = finished(scene.client, scene.submit().id)
+    assert fired.exists()
+    assert reasons(job.attempts) == ["COMPLETED"], "submitted once, whatever was lost"
+    assert_exact(scene, job)
+    assert_nothing_left(scene, job)
+
+
+def test_row_17_the_reply_to_the_submission_is_lost(scene: Scene) -> None:
+    with scene.ray.rule("lose", "POST", r"/api/jobs/", times=1) as rule:
+        job = finished(scene.client, scene.submit().id)
+        assert rule.hits == 1
+    assert reasons(job.attempts) == ["COMPLETED"]
+    assert_exact(scene, job)
+
+
+def test_row_14_the_workers_cannot_reach_the_control_plane(scene: Scene) -> None:
+    job = scene.submit()
+    running_attempt(scene.client, job.id, step=1)
+    server = scene.kill_part("API", signal.SIGSTOP)
+    # The attempt ends meanwhile: its last manifest lies in the store though nobody could be told.
+    manifest = f"jobs/{job.id}/checkpoints/step-{60:09d}-a0001/manifest.json"
+    (store,) = [watched.part for watched in scene.stack._watched if watched.part.name == "object-store"]
+    s3 = store.client()  # type: ignore[attr-defined]
+    try:
+        until("the last commit", lambda: s3.list_objects_v2(Bucket=store.bucket, Prefix=manifest)["KeyCount"], 60)  # type: ignore[attr-defined]
+    finally:
+        os.kill(server, signal.SIGCONT)
+    job = finished(scene.client, job.id)
+    assert reasons(job.attempts) == ["COMPLETED"]
+    assert_exact(scene, job)
+    assert_nothing_left(scene, job)
+
+
+def test_row_12_the_head_is_killed_and_comes_back_as_another_cluster(scene: Scene) -> None:
+    jobs = [scene.submit(), scene.submit(name="second")]
+    freeze(scene, jobs[0].id, EVERY + 5)
+    for job in jobs:
+        scene.checkpoint_at(job.id, EVERY)
+    process_of(scene, "gcs_server").kill()
+    for job in jobs:
+        job = finished(scene.client, job.id, 240)
+        assert reasons(job.attempts)[-1] == "COMPLETED"
+        assert len(job.attempts) <= 2, "started again once"
+        assert job.attempts[0].exit_reason in ("CLUSTER_LOST", "COMPLETED", "DRIVER_LOST", "WORKER_LOST", "NODE_LOST")
+        assert_exact(scene, job)
+    assert_nothing_left(scene, job)
