@@ -36,6 +36,7 @@ class ExitReason(StrEnum):
     FENCED = "FENCED"
     CRASH_LOOP = "CRASH_LOOP"
     DEADLINE = "DEADLINE"
+    DEPENDENCY_FAILED = "DEPENDENCY_FAILED"
     PLATFORM_ERROR = "PLATFORM_ERROR"
 
 
@@ -85,6 +86,11 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
     ExitReason.FENCED: ReasonRow(_F, "infra", "A newer attempt took over; this one stopped itself."),
     ExitReason.CRASH_LOOP: ReasonRow(_F, "never", "The same failure came back without progress; read its error."),
     ExitReason.DEADLINE: ReasonRow(_F, "never", "Raise queue.deadline_s, or retry from the last checkpoint."),
+    ExitReason.DEPENDENCY_FAILED: ReasonRow(
+        _C,
+        "never",
+        "A job in queue.depends_on ended without success: retry that one, then submit this with its new id.",
+    ),
     ExitReason.PLATFORM_ERROR: ReasonRow(
         _F, "infra", "This is a fault of Patchwork; please report it with the job's id."
     ),

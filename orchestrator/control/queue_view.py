@@ -14,6 +14,7 @@ import structlog
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from configs.reasons import ExitReason
 from configs.service import Resources
 from configs.states import AttemptState, Desired, JobState
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
@@ -24,6 +25,7 @@ from orchestrator.storage.tables import AttemptRow, ClusterRow, JobRow
 
 log = structlog.get_logger(__name__)
 CLUSTER_ROW_ID = 1
+_WITHOUT_SUCCESS = frozenset(state for state in JobState if state.is_terminal and state is not JobState.SUCCEEDED)
 _HOLDING = [state for state in JobState if state.holds_resources]
 
 
@@ -90,6 +92,9 @@ def schedule_queue(db: Database, now: datetime) -> int:
             return 0
         view = load_view(session, now)
     started = 0
+    for waiting_job in view.waiting:
+        if failed := [(id_, state) for id_, state in waiting_job.depends_on if state in _WITHOUT_SUCCESS]:
+            _give_up(db, waiting_job.job_id, failed, now)
     for decision in schedule(view):
         if isinstance(decision, Start):
             started += _let_go(db, decision, now)
@@ -186,10 +191,28 @@ def _let_go(db: Database, start: Start, now: datetime) -> int:
     return 1
 
 
+def _give_up(db: Database, job_id: str, failed: list[tuple[str, str]], now: datetime) -> None:
+    """Ask for the end of a job that waits for what will never come; the reconciler ends it."""
+    with db.session() as session:
+        job = lock_job(session, job_id)
+        if job is None or job.state != JobState.QUEUED or job.desired != Desired.RUN or job.start_workers is not None:
+            return
+        names = ", ".join(f"{id_} ({state})" for id_, state in failed)
+        job.desired = Desired.STOP
+        job.reason = ExitReason.DEPENDENCY_FAILED
+        job.message = f"Depends on {names}."
+        job.next_look_at = None
+        job.version += 1
+        data = {"jobs": [id_ for id_, _ in failed]}
+        record(session, job.id, "job.dependency_failed", job.message, SCHEDULER, data=data, at=now)
+
+
 def _explain(db: Database, wait: Wait, now: datetime) -> None:
     with db.session() as session:
         job = lock_job(session, wait.job_id)
         if job is None or job.state != JobState.QUEUED or job.start_workers is not None:
+            return
+        if job.desired != Desired.RUN:
             return
         if job.reason != wait.reason:
             data = {"reason": wait.reason, "position": wait.position}

@@ -91,6 +91,8 @@ def follow(
 def at_rest(job: JobRow) -> Next:
     """Where a job goes of which nothing runs and which is not wanted to run."""
     if job.desired == Desired.STOP:
+        if job.reason == ExitReason.DEPENDENCY_FAILED:
+            return move(job, JobState.CANCELLED, ExitReason.DEPENDENCY_FAILED, job.message)
         return move(job, JobState.CANCELLED, ExitReason.USER_CANCELLED, "Cancelled.")
     if job.desired == Desired.PAUSE:
         return move(job, JobState.PAUSED, ExitReason.PAUSED, "Paused.")

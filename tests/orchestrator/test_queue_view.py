@@ -9,6 +9,7 @@ from configs.reasons import QueueReason
 from configs.states import AttemptState, Desired, JobState
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
 from orchestrator.control.queue_view import beat, load_view, needs, schedule_queue, store_cluster
+from orchestrator.control.retries import at_rest
 from orchestrator.control.scheduling import Reservation, Worker
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import ClusterRow, EventRow, JobRow
@@ -139,6 +140,26 @@ def test_dependencies_wait_for_success(db: Database) -> None:
     schedule_queue(db, NOW)
     assert get(db, third.id).start_workers == 1
     assert get(db, second.id).message == "Waits for job_that_is_unknown (unknown)."
+
+
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
+def test_a_job_whose_dependency_ended_without_success_is_asked_to_end(db: Database, state: JobState) -> None:
+    store_cluster(db, ONE_NODE, "", NOW)
+    first = add_job(db, spec(1))
+    change(db, first.id, state=state)
+    second = add_job(db, spec(1, queue={"depends_on": [first.id]}))
+    schedule_queue(db, NOW)
+    schedule_queue(db, NOW)
+    waiting = get(db, second.id)
+    assert (waiting.state, waiting.desired, waiting.start_workers) == (JobState.QUEUED, Desired.STOP, None)
+    assert (waiting.reason, waiting.message) == ("DEPENDENCY_FAILED", f"Depends on {first.id} ({state}).")
+    assert events(db, second.id) == ["job.queued", "job.dependency_failed"]
+    following = at_rest(waiting)
+    assert (following.state, following.reason, following.message) == (
+        JobState.CANCELLED,
+        "DEPENDENCY_FAILED",
+        waiting.message,
+    )
 
 
 def test_a_cluster_that_goes_away_keeps_its_nodes_to_show(db: Database) -> None:
