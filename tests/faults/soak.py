@@ -88,7 +88,9 @@ class Soak:
 
     def find(self, victim: str, job: JobPublic | None) -> int | None:
         if victim in ("rank", "stop a rank"):
-            ranks = job.attempts[-1].ranks if job is not None and job.attempts else ()
+            # Of a living attempt only: the number of a process that has ended may be another's.
+            last = job.attempts[-1] if job is not None and job.attempts else None
+            ranks = last.ranks if last is not None and last.state != "ENDED" else ()
             return self.random.choice(ranks).pid if ranks else None
         try:
             if victim == "driver":
@@ -144,6 +146,7 @@ def judge(soak: Soak, steps: int) -> int:
     job = soak.run(steps, harm=True)
     checks: dict[str, Callable[[], bool]] = {
         "both succeeded": lambda: expected.state == job.state == "SUCCEEDED",
+        "somebody was killed": lambda: bool(soak.kills),
         "weights and moments are bit-equal": lambda: same(soak.client, expected.id, job.id),
         "attempts follow one another": lambda: all(
             after.created_at >= (before.ended_at or after.created_at)

@@ -168,6 +168,7 @@ def test_row_12_the_head_is_killed_and_comes_back_as_another_cluster(scene: Scen
         job = finished(scene.client, job.id, 240)
         assert reasons(job.attempts)[-1] == "COMPLETED"
         assert len(job.attempts) <= 2, "started again once"
-        assert job.attempts[0].exit_reason in ("CLUSTER_LOST", "COMPLETED", "DRIVER_LOST", "WORKER_LOST", "NODE_LOST")
+        if job.id == jobs[0].id:  # which was held at a step, and cannot have ended before
+            assert [a.exit_reason == "COMPLETED" for a in job.attempts] == [False, True]
         assert_exact(scene, job)
     assert_nothing_left(scene, job)
