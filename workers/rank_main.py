@@ -43,9 +43,9 @@ FLUSH_S = 5.0
 _RENDEZVOUS_S = 120.0
 _MESSAGE_CHARS = 4_000
 _HUB_LOST = 70
+"""Exit status of a rank whose driver is gone."""
 # By name: this module is imported before torch and boto3 may be.
 _STORE_FAILURES = {"StorageError": ExitReason.STORAGE_ERROR, "StoreRefused": ExitReason.STORAGE_REFUSED}
-"""Exit status of a rank whose driver is gone."""
 
 
 class Hub(Protocol):

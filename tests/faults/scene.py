@@ -97,7 +97,7 @@ def assert_exact(scene: Scene, job: JobPublic) -> None:
 
 
 def assert_one_lineage(scene: Scene, job: JobPublic) -> None:
-    """Attempts follow one another, each from a checkpoint of a former one, and repeat no more than an interval."""
+    """Attempts follow one another, each from a checkpoint that a former one committed, or from the start."""
     attempts = scene.client.jobs.get(job.id).attempts
     assert [a.number for a in attempts] == list(range(1, len(attempts) + 1))
     known = {c.id: c for c in scene.client.jobs.checkpoints(job.id)}
