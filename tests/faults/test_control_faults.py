@@ -159,16 +159,19 @@ def test_row_14_the_workers_cannot_reach_the_control_plane(scene: Scene) -> None
 
 
 def test_row_12_the_head_is_killed_and_comes_back_as_another_cluster(scene: Scene) -> None:
-    jobs = [scene.submit(), scene.submit(name="second")]
-    freeze(scene, jobs[0].id, EVERY + 5)
-    for job in jobs:
-        scene.checkpoint_at(job.id, EVERY)
+    first = scene.submit()
+    freeze(scene, first.id, EVERY + 5)
+    scene.checkpoint_at(first.id, EVERY)
+    second = scene.submit(name="second")  # in whatever state the end of the cluster finds it
     process_of(scene, "gcs_server").kill()
-    for job in jobs:
-        job = finished(scene.client, job.id, 240)
-        assert reasons(job.attempts)[-1] == "COMPLETED"
-        assert len(job.attempts) <= 2, "started again once"
-        if job.id == jobs[0].id:  # which was held at a step, and cannot have ended before
-            assert [a.exit_reason == "COMPLETED" for a in job.attempts] == [False, True]
-        assert_exact(scene, job)
-    assert_nothing_left(scene, job)
+    first = finished(scene.client, first.id, 240)
+    assert first.attempts[0].exit_reason in ("CLUSTER_LOST", "DRIVER_LOST", "WORKER_LOST", "NODE_LOST")
+    assert reasons(first.attempts)[1:] == ["COMPLETED"], "started again once"
+    assert first.attempts[1].from_step == EVERY
+    assert_exact(scene, first)
+    second = finished(scene.client, second.id, 240)
+    assert reasons(second.attempts)[-1] == "COMPLETED"
+    assert len(second.attempts) <= 2
+    assert_exact(scene, second)
+    assert_nothing_left(scene, first)
+    assert_nothing_left(scene, second)
