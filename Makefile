@@ -21,6 +21,9 @@ test: env  ## the tests, for example make test ARGS='tests/vit -x'
 soak: env  ## a real job whose parts are killed at random, then the same weights: make soak MINUTES=10 SEED=0
 	$(PYTHON) -m tests.faults.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
+gpu-check: env  ## where there is a GPU: ZeRO parity, exact resume, NCCL, MFU and memory of B/L/H, into gpu-check.json
+	$(PYTHON) -m tests.gpu.check $(ARGS)
+
 check: env lint types test  ## lint, types and tests
 
 lint: env  ## ruff, its formatter, and the import rules between packages
@@ -37,4 +40,4 @@ wheel: env  ## dist/*.whl
 clean:  ## remove what was made here (not the cached environment)
 	rm -rf .venv dist build demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help env demo test soak check lint types wheel clean
+.PHONY: help env demo test soak gpu-check check lint types wheel clean

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from configs.wire import AttemptFile, ParentCut
+from configs.wire import AttemptFile, DataSkip, ParentCut
 
 
 def cuts(attempt_files: Iterable[AttemptFile]) -> tuple[ParentCut, ...]:
@@ -54,6 +54,16 @@ def newest(checkpoints: Iterable[tuple[int, int]], parents: Iterable[ParentCut])
     limits = tuple(parents)
     counted = [(attempt, step) for attempt, step in checkpoints if is_in_lineage(attempt, step, limits)]
     return max(counted, key=lambda c: (c[1], c[0]), default=None)
+
+
+def batch_number(step: int, skips: Iterable[DataSkip]) -> int:
+    """The global batch that step `step` trains on, counted from 0: its own number, and the batches passed over."""
+    return step + sum(skip.num_batches for skip in skips if skip.at_step <= step)
+
+
+def join_skips(*groups: Iterable[DataSkip]) -> tuple[DataSkip, ...]:
+    """All skips, each once: those of the job and those that the checkpoint it continues from knows of."""
+    return tuple(dict.fromkeys(skip for group in groups for skip in group))
 
 
 def _sorted(limits: dict[int, int]) -> tuple[ParentCut, ...]:

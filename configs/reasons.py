@@ -8,9 +8,10 @@ from typing import Literal
 
 from configs.states import JobState
 
-RetryClass = Literal["never", "user", "infra", "free"]
+RetryClass = Literal["never", "user", "infra", "free", "rollback"]
 """never: no new attempt; user: while retry.max_user_failures lasts; infra: while retry.max_infra_failures lasts
-(refilled by progress); free: a new attempt that costs nothing."""
+(refilled by progress); free: a new attempt that costs nothing; rollback: while train.spike_rollback.max_rollbacks
+lasts."""
 
 
 class ExitReason(StrEnum):
@@ -22,6 +23,7 @@ class ExitReason(StrEnum):
     SPEC_INVALID = "SPEC_INVALID"
     DATA_ERROR = "DATA_ERROR"
     NAN_LOSS = "NAN_LOSS"
+    LOSS_SPIKE = "LOSS_SPIKE"
     OOM_GPU = "OOM_GPU"
     OOM_HOST = "OOM_HOST"
     WORKER_LOST = "WORKER_LOST"
@@ -60,6 +62,12 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
     ExitReason.DATA_ERROR: ReasonRow(_F, "user", "Check that the data set is complete under the node's data root."),
     ExitReason.NAN_LOSS: ReasonRow(
         _F, "user", "Lower optim.lr, lengthen the warm-up, or clip gradients (optim.clip_grad_norm: 1)."
+    ),
+    ExitReason.LOSS_SPIKE: ReasonRow(
+        _F,
+        "rollback",
+        "Every rollback met another spike: lower optim.lr, lengthen the warm-up, or clip gradients "
+        "(optim.clip_grad_norm: 1).",
     ),
     ExitReason.OOM_GPU: ReasonRow(
         _F, "user", "Halve train.micro_batch_size, or turn on train.activation_checkpointing, or raise zero.stage."

@@ -69,6 +69,10 @@ class _TrainingJob(_Job):
                 f"model.head_bias_init {self.model.head_bias_init:g} applies to train.loss sigmoid and bce only, "
                 f"train.loss is {self.train.loss}"
             )
+        if self.train.compile and self.zero.stage == 3:
+            raise ValueError("train.compile applies to zero.stage 0 to 2, zero.stage is 3")
+        if self.train.spike_rollback is not None and self.checkpoint.cadence is None:
+            raise ValueError("train.spike_rollback needs checkpoint.every_steps (or every_epochs, every_examples)")
         if self.eval.weights == "ema" and self.train.ema_decay is None:
             raise ValueError("eval.weights ema needs train.ema_decay")
         if self.data.mix is not None:

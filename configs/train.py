@@ -78,6 +78,22 @@ class Schedule(Strict):
         return self
 
 
+class SpikeRollback(Strict):
+    """Go back to a checkpoint from before the loss spiked and pass over the data that came since (PaLM, 5.1). The loss
+    is looked at where it is logged, every `train.log_every_steps`."""
+
+    factor: Annotated[float, Field(gt=1.0, le=1e6)] = Field(
+        2.0, description="A loss above this many times the median of the last `window` logged ones is high."
+    )
+    window: Annotated[int, Field(ge=3, le=1000)] = Field(20, description="Logged losses that the median is taken of.")
+    patience: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="High losses in a row that make a spike. So do `train.max_nonfinite_steps`."
+    )
+    max_rollbacks: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="Spikes after which the job goes back; one more ends it with LOSS_SPIKE."
+    )
+
+
 class Train(Strict):
     """Batch, precision, loss and randomness. The global batch never changes with the number of workers."""
 
@@ -95,7 +111,10 @@ class Train(Strict):
         None, description="Keep a moving average of the weights with this decay per step, such as 0.9999."
     )
     activation_checkpointing: bool = False
-    compile: Literal[False] = Field(False, description="Not available yet.")
+    compile: bool = Field(
+        False, description="Compile the model with torch.compile; not at ZeRO stage 3. Needs a C++ compiler on workers."
+    )
+    spike_rollback: SpikeRollback | None = Field(None, description="Go back when the loss spikes; none: train on.")
     max_nonfinite_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
         3, description="Consecutive steps with a non-finite gradient before the job fails with NAN_LOSS."
     )
@@ -131,6 +150,11 @@ class Every(Strict):
             )
         return self
 
+    @property
+    def cadence(self) -> float | None:
+        """How often, in whichever unit was given; None: only at the end."""
+        return next((every for every in (self.every_steps, self.every_epochs, self.every_examples) if every), None)
+
 
 class Checkpoint(Every):
     """Checkpoints are taken at this cadence and always at the end. `keep_best` keeps those with the best `metric`."""
@@ -157,6 +181,7 @@ __all__ = [
     "Loss",
     "Optim",
     "Schedule",
+    "SpikeRollback",
     "Train",
     "TrainedPart",
     "Weights",

@@ -74,6 +74,27 @@ class ParentCut(Stored):
     step: int
 
 
+class DataSkip(Stored):
+    """Training data passed over after a rollback: from `at_step` on, data lies so many global batches further."""
+
+    attempt_id: str
+    """The attempt whose loss spiked."""
+    at_step: int
+    num_batches: int
+
+
+class LossWatch(Stored):
+    """What a loss spike is told by (workers/spike.py). It is saved with every checkpoint: a resumed attempt decides as
+    an undisturbed one does."""
+
+    calm: tuple[float, ...] = ()
+    """The last logged losses that were not high."""
+    calm_step: int = 0
+    """The step of the last of them."""
+    num_high: int = 0
+    """High losses in a row since then."""
+
+
 class CheckpointSource(Stored):
     """A checkpoint another job (or this one) left: where it lies and what it is."""
 
@@ -100,6 +121,8 @@ class AttemptFile(Stored):
     """Continue exactly here: weights, optimizer, step."""
     init_from: CheckpointSource | None = None
     """Start from these weights only (fine-tune, evaluate, export)."""
+    skips: tuple[DataSkip, ...] = ()
+    """Data that rollbacks of this job passed over."""
     created_at: AwareDatetime
 
 
@@ -123,6 +146,8 @@ class ExitFile(Stored):
     """The last optimizer step done by all ranks."""
     checkpoint_step: int | None = None
     """The last committed checkpoint of this attempt."""
+    sound_step: int | None = None
+    """After a loss spike: checkpoints beyond this step are not to be continued from."""
     ended_at: AwareDatetime
 
 
@@ -249,7 +274,7 @@ class Manifest(Stored):
     attempt: int
     step: int
     position: int
-    """Training examples consumed."""
+    """Training examples consumed or passed over."""
     total_steps: int
     world_size: int
     zero_stage: int
@@ -259,6 +284,9 @@ class Manifest(Stored):
     skipped_steps: int = 0
     nonfinite_steps: int = 0
     """Consecutive skipped steps that end at this one."""
+    skips: tuple[DataSkip, ...] = ()
+    """Data passed over up to here."""
+    loss_watch: LossWatch = LossWatch()
     spec_hash: str
     training_fingerprint: str
     data_fingerprint: str

@@ -8,9 +8,9 @@ ends them. Errors before the first collective are no different.
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 import traceback
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 import vit
-from configs.cost import GPUS, train_flops_per_image
+from configs.cost import train_flops_per_image
 from configs.data import DataConfig
 from configs.ids import parse_checkpoint_id
 from configs.layout import report_key
+from configs.lineage import batch_number, join_skips
 from configs.model import VitConfig
 from configs.reasons import ExitReason
 from configs.resolve import load_resolved
@@ -46,7 +47,7 @@ from workers.loop import train
 from workers.outcome import JobError, RankOutcome, outcome_of
 from workers.report import Reporter
 from workers.store import ObjectStore
-from workers.throughput import Throughput, measured_peak_flops
+from workers.throughput import Throughput, peak_flops
 
 __all__ = ["RankOutcome", "run_rank"]
 
@@ -99,6 +100,10 @@ def _train(
         if ranks.is_first:
             checkpoint_id = attempt.resume_from.checkpoint_id
             reporter.event("training.resumed", f"continues from step {start.step}", {"checkpoint_id": checkpoint_id})
+    start = replace(start, skips=join_skips(start.skips, attempt.skips))
+    skipped = batch_number(start.step, start.skips) - start.step
+    if skipped and ranks.is_first:
+        reporter.event("data.skipped", f"{skipped} global batches are passed over", {"step": start.step})
 
     pin_memory = ranks.device.type == "cuda"
     eval_loader = EvalLoader(
@@ -127,7 +132,7 @@ def _train(
         ranks,
         spec.train.global_batch_size,
         train_flops_per_image(config),
-        _peak_flops(ranks.device, spec.train.precision),
+        peak_flops(ranks.device, spec.train.precision),
     )
     train_loader = TrainLoader(
         opened.train,
@@ -139,6 +144,7 @@ def _train(
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_step=start.step,
+        skips=start.skips,
         on_corrupt=_tell(reporter),
         pin_memory=pin_memory,
     )
@@ -313,16 +319,6 @@ def _facts(attempt: AttemptFile, spec: TrainingJob, config: VitConfig, opened: O
             class_names=opened.class_names,
         ),
     )
-
-
-def _peak_flops(device: torch.device, precision: Any) -> float | None:
-    """FLOP/s of one device: a GPU's from its data sheet (None if we have none), a CPU's measured."""
-    if device.type == "cpu":
-        return measured_peak_flops()
-    words = re.split(r"[^A-Za-z0-9]", torch.cuda.get_device_name(device))
-    gpu = next((gpu for name, gpu in GPUS.items() if name in words), None)
-    tflops = None if gpu is None else gpu.peak_tflops(precision)
-    return None if tflops is None else tflops * 1e12
 
 
 def _tell(reporter: Reporter) -> OnCorrupt:

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
@@ -40,11 +40,12 @@ from torch import Tensor
 from configs.failpoints import failpoint
 from configs.ids import checkpoint_id
 from configs.layout import checkpoint_prefix, manifest_key
+from configs.lineage import batch_number
 from configs.model import VitConfig
 from configs.reasons import ExitReason
 from configs.states import Desired
 from configs.train import Weights
-from configs.wire import Manifest, ParentCut, Preprocess, ShardFile, TensorSlice
+from configs.wire import DataSkip, LossWatch, Manifest, ParentCut, Preprocess, ShardFile, TensorSlice
 from workers.control import ControlWord, Word
 from workers.distributed import Ranks
 from workers.ema import WeightAverage
@@ -81,6 +82,9 @@ class Progress:
     """How many in a row were skipped up to here."""
     is_measured: bool = False
     """Whether the checkpoint that was resumed from holds an evaluation of this step."""
+    skips: tuple[DataSkip, ...] = ()
+    """Data that rollbacks passed over."""
+    loss_watch: LossWatch = field(default_factory=LossWatch)
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ class Checkpointer:
             job_id=facts.job_id,
             attempt=facts.attempt,
             step=progress.step,
-            position=progress.step * facts.global_batch_size,
+            position=batch_number(progress.step, progress.skips) * facts.global_batch_size,
             total_steps=facts.total_steps,
             world_size=self._ranks.world_size,
             zero_stage=self._engine.zero_stage,
@@ -276,6 +280,8 @@ class Checkpointer:
             optimizer_step=progress.step - progress.skipped_steps,
             skipped_steps=progress.skipped_steps,
             nonfinite_steps=progress.nonfinite_steps,
+            skips=progress.skips,
+            loss_watch=progress.loss_watch,
             spec_hash=facts.spec_hash,
             training_fingerprint=facts.training_fingerprint,
             data_fingerprint=facts.data_fingerprint,
@@ -377,7 +383,14 @@ def load(
     read_into(store, prefix, manifest, wanted)
     finish_load(engine, manifest.optimizer_step)
     is_measured = any(name.startswith("eval/") for name in manifest.metrics)
-    return Progress(manifest.step, manifest.skipped_steps, manifest.nonfinite_steps, is_measured)
+    return Progress(
+        manifest.step,
+        manifest.skipped_steps,
+        manifest.nonfinite_steps,
+        is_measured,
+        manifest.skips,
+        manifest.loss_watch,
+    )
 
 
 def _tensors(engine: HasDeepSpeed, run: Owned) -> Iterator[tuple[str, Tensor]]:

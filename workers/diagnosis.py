@@ -32,6 +32,7 @@ class RankEnd:
     checkpoint_step: int | None = None
     error_type: str = ""
     order: int = 0
+    sound_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ SPECIFIC = frozenset(
         ExitReason.SPEC_INVALID,
         ExitReason.DATA_ERROR,
         ExitReason.NAN_LOSS,
+        ExitReason.LOSS_SPIKE,
         ExitReason.OOM_GPU,
         ExitReason.STORAGE_ERROR,
         ExitReason.STORAGE_REFUSED,

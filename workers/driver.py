@@ -326,6 +326,7 @@ def _exit_file(run: Run, evidence: Evidence) -> ExitFile:
         checkpoint_step=max(
             [*committed, *([run.checkpoint_step] if run.checkpoint_step is not None else [])], default=None
         ),
+        sound_step=min((e.sound_step for e in evidence.ends.values() if e.sound_step is not None), default=None),
         ended_at=datetime.now(UTC),
     )
 

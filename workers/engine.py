@@ -57,10 +57,13 @@ class Engine(Protocol):
 class DeepSpeedEngine:
     """DeepSpeed ZeRO 0 to 3. `deepspeed` is DeepSpeed's own engine, which only checkpoints look into."""
 
-    def __init__(self, deepspeed: Any, zero_stage: int, clip_grad_norm: float | None) -> None:
+    def __init__(
+        self, deepspeed: Any, zero_stage: int, clip_grad_norm: float | None, is_compiled: bool = False
+    ) -> None:
         self.deepspeed = deepspeed
         self.zero_stage = zero_stage
         self._clip_grad_norm = clip_grad_norm
+        self._is_compiled = is_compiled
 
     def forward(self, images: Tensor) -> Tensor:
         return self.deepspeed(images)
@@ -95,8 +98,10 @@ class DeepSpeedEngine:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         self.deepspeed.eval()
+        # Compiled code is for training: an evaluation's other mode and batch size would be compiled for once more.
+        stance: Any = torch.compiler.set_stance("force_eager") if self._is_compiled else contextlib.nullcontext()
         try:
-            with torch.no_grad():
+            with stance, torch.no_grad():
                 yield
         finally:
             self.deepspeed.train()
@@ -113,6 +118,8 @@ def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_
     deepspeed = _import_deepspeed()
     freeze(model, spec.optim.train)
     optimizer = build_optimizer(model, spec.optim)
+    if spec.train.compile:
+        model.compile()  # in place: names of parameters stay; the first step compiles
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -125,7 +132,7 @@ def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_
             world_size=ranks.world_size,
         ),
     )
-    built = DeepSpeedEngine(engine, spec.zero.stage, spec.optim.clip_grad_norm)
+    built = DeepSpeedEngine(engine, spec.zero.stage, spec.optim.clip_grad_norm, spec.train.compile)
     create_moments(built)
     locate_parameters(built)
     return built

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from configs.failpoints import failpoint
 from configs.reasons import ExitReason
 from configs.spec import TrainingJob
 from configs.states import Desired
+from configs.train import SpikeRollback
 from vit.losses import classification_loss
 from vit.schedule import learning_rate
 from workers.checkpoint import Checkpointer, Progress
@@ -36,6 +38,7 @@ from workers.engine import Engine
 from workers.outcome import RankOutcome
 from workers.randomness import seed_micro_step
 from workers.report import Reporter
+from workers.spike import describe_spike, is_spike, sound_step, watch_loss
 from workers.throughput import Throughput
 
 Evaluate = Callable[[Callable[[], bool]], dict[str, float] | None]
@@ -132,13 +135,8 @@ def train(
                 _report_skip(reporter, progress, options.global_batch_size)
             if progress.nonfinite_steps >= options.max_nonfinite_steps:
                 checkpointer.drain(control)
-                return RankOutcome(
-                    ExitReason.NAN_LOSS,
-                    f"the gradient was not finite for {progress.nonfinite_steps} steps in a row, up to step "
-                    f"{progress.step} (learning rate {lr:.3g})",
-                    progress.step,
-                    checkpointer.committed_step,
-                )
+                message = f"the gradient was not finite for {progress.nonfinite_steps} steps in a row (lr {lr:.3g})"
+                return _diverged(message, options.spike_rollback, checkpointer, reporter, ranks, progress)
 
         if progress.step % options.log_every_steps == 0 or progress.step in (start.step + 1, total_steps):
             mean_loss = _mean_over_ranks(loss, ranks)
@@ -149,12 +147,20 @@ def train(
             # Which samples this rank trained on, as a number that two runs can be compared by.
             reporter.metric(f"data/sample_ids_crc32/rank-{ranks.rank:05d}", progress.step, samples_crc32)
             throughput.report(progress.step)
+            if options.spike_rollback is not None and progress.step % options.log_every_steps == 0:
+                watch = watch_loss(progress.loss_watch, progress.step, float(mean_loss), options.spike_rollback)
+                progress = replace(progress, loss_watch=watch)
+                if is_spike(watch, options.spike_rollback):
+                    checkpointer.drain(control)
+                    message = describe_spike(watch, float(mean_loss), options.spike_rollback)
+                    return _diverged(message, options.spike_rollback, checkpointer, reporter, ranks, progress)
 
 
 def _advance(progress: Progress, applied: bool) -> Progress:
+    step, skipped, in_a_row = progress.step + 1, progress.skipped_steps, progress.nonfinite_steps
     if applied:
-        return Progress(progress.step + 1, progress.skipped_steps)
-    return Progress(progress.step + 1, progress.skipped_steps + 1, progress.nonfinite_steps + 1)
+        return replace(progress, step=step, nonfinite_steps=0, is_measured=False)
+    return replace(progress, step=step, skipped_steps=skipped + 1, nonfinite_steps=in_a_row + 1, is_measured=False)
 
 
 def _is_due(every_steps: int | None, step: int) -> bool:
@@ -188,6 +194,25 @@ def _leave(
         control.drain()
     reporter.heartbeat("finishing", progress.step)
     return RankOutcome(reason, "", progress.step, checkpointer.committed_step)
+
+
+def _diverged(
+    message: str,
+    rollback: SpikeRollback | None,
+    checkpointer: Checkpointer,
+    reporter: Reporter,
+    ranks: Ranks,
+    progress: Progress,
+) -> RankOutcome:
+    """Leave because training has gone wrong: for good, or (`rollback`) to go on from before that, on other data."""
+    message = f"{message}, at step {progress.step}"
+    if rollback is None:
+        return RankOutcome(ExitReason.NAN_LOSS, message, progress.step, checkpointer.committed_step)
+    sound = sound_step(progress.loss_watch)
+    if ranks.is_first:
+        data = {"step": progress.step, "sound_step": sound, "calm_step": progress.loss_watch.calm_step}
+        reporter.event("loss.spike", message, data)
+    return RankOutcome(ExitReason.LOSS_SPIKE, message, progress.step, checkpointer.committed_step, sound_step=sound)
 
 
 def _stopped(failure: ExitReason, checkpointer: Checkpointer, progress: Progress) -> RankOutcome:

@@ -30,6 +30,8 @@ class RankOutcome:
     checkpoint_step: int | None = None
     """The newest step this rank knows to be committed by this attempt."""
     error_type: str = ""
+    sound_step: int | None = None
+    """After a loss spike: weights beyond this step are not known to be sound."""
 
 
 class JobError(ValueError):
@@ -42,7 +44,14 @@ def outcome_of(error: Exception, step: int) -> RankOutcome:
     No code of a user runs here, so what is none of the known causes is our fault: PLATFORM_ERROR. A rank that lost its
     peers says WORKER_LOST; the driver looks for the one that went first.
     """
-    return RankOutcome(_reason(error), str(error) or type(error).__name__, step, None, type(error).__name__)
+    text = str(error) or type(error).__name__
+    if _is_compiler(error):
+        text = f"train.compile: the model could not be compiled on this node; set it to false, or mend this: {text}"
+    return RankOutcome(_reason(error), text, step, None, type(error).__name__)
+
+
+def _is_compiler(error: Exception) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def _reason(error: Exception) -> ExitReason:
@@ -53,6 +62,8 @@ def _reason(error: Exception) -> ExitReason:
         case CheckpointCorrupt():
             return ExitReason.CHECKPOINT_CORRUPT
         case CheckpointMismatch() | JobError():
+            return ExitReason.SPEC_INVALID
+        case _ if _is_compiler(error):
             return ExitReason.SPEC_INVALID
         case StoreRefused():
             return ExitReason.STORAGE_REFUSED

@@ -282,6 +282,7 @@ def run(
         step=outcome.step,
         checkpoint_step=outcome.checkpoint_step,
         error_type=outcome.error_type or "",
+        sound_step=outcome.sound_step,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
+from configs.cost import GPUS, Precision
 from configs.layout import rank_stream
 from workers.distributed import Ranks
 from workers.report import Reporter
@@ -52,6 +54,16 @@ class Throughput:
             if self._share_of_peak is not None:
                 self._reporter.metric("perf/mfu", step, images_per_s * self._share_of_peak / self._ranks.world_size)
         self._steps, self._seconds, self._waited_s = 0, 0.0, 0.0
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """FLOP/s of one device: a GPU's from its data sheet (None if we have none), a CPU's measured."""
+    if device.type == "cpu":
+        return measured_peak_flops()
+    words = re.split(r"[^A-Za-z0-9]", torch.cuda.get_device_name(device))
+    gpu = next((gpu for name, gpu in GPUS.items() if name in words), None)
+    tflops = None if gpu is None else gpu.peak_tflops(precision)
+    return None if tflops is None else tflops * 1e12
 
 
 def measured_peak_flops() -> float:

@@ -10,7 +10,20 @@ import typer
 from rich.markup import escape
 
 from configs.load import SpecError
-from orchestrator.cli import admin, demo, finetune, imports, jobs, output, plan, report, stack, telemetry, weights
+from orchestrator.cli import (
+    admin,
+    demo,
+    finetune,
+    imports,
+    jobs,
+    output,
+    plan,
+    report,
+    stack,
+    telemetry,
+    train,
+    weights,
+)
 from orchestrator.cli.follow import Detached
 from orchestrator.cli.options import Wiring
 from orchestrator.client import ApiError, NotConfigured, PatchworkError, Unreachable
@@ -37,7 +50,7 @@ app = typer.Typer(
   patchwork plan --preset paper/pretrain/imagenet21k-l16-90ep --gpu H100:64
 """,
 )
-_RUN, _LOOK, _PLAN, _SERVER = "Run jobs", "Look at jobs", "Plan (no server needed)", "Server"
+_RUN, _LOOK, _PLAN, _SERVER = "Run jobs", "Look at jobs", "Without a server", "Server"
 for command, panel in (
     (jobs.submit, _RUN),
     (jobs.cancel, _RUN),
@@ -55,6 +68,7 @@ for command, panel in (
     (report.report, _LOOK),
     (plan.plan, _PLAN),
     (plan.presets, _PLAN),
+    (train.train, _PLAN),
     (stack.up, _SERVER),
     (stack.down, _SERVER),
     (admin.cluster, _SERVER),

@@ -3,7 +3,7 @@
 `start_attempt` is safe to be cut off between any two of its steps, because each can be done again:
 
 1. register every manifest that earlier attempts left;
-2. choose the checkpoint to continue from, and see that its files are there;
+2. choose the checkpoint to continue from, and see that its files are there; after a loss spike, one from before it;
 3. write attempts/NNNN.json, if nobody has (the same content found there is as good as written);
 4. in one transaction: the attempt's row, the job's state, what its predecessor wasted;
 5. submit it, under its own id: a second submission changes nothing.
@@ -26,7 +26,7 @@ from configs.layout import attempt_key, exit_key
 from configs.lineage import parents_of_next
 from configs.reasons import ExitReason
 from configs.states import AttemptState, JobState
-from configs.wire import AttemptFile, CheckpointSource, DatasetCard, ExitFile, ParentCut
+from configs.wire import AttemptFile, CheckpointSource, DatasetCard, DataSkip, ExitFile, ParentCut
 from orchestrator.control.decide import End
 from orchestrator.control.launcher import Launcher
 from orchestrator.control.leases import Claim, guarded
@@ -72,7 +72,8 @@ def start_attempt(
     with db.session() as session:
         job = guarded(session, claim)
         init_from = _resolve_init_from(session, job, needed=resume is None)
-    file = _write_attempt_file(store, job, world_size, resume, init_from, read_cuts(store, job.id), now)
+        skips = _skips(session, job, resume.step if resume is not None else 0)
+    file = _write_attempt_file(store, job, world_size, resume, init_from, read_cuts(store, job.id), skips, now)
     with db.session() as session:
         job = guarded(session, claim)
         attempt = _insert(session, job, file, resume, cluster_id, now)
@@ -104,11 +105,15 @@ def submit_attempt(
 
 
 def _choose_resume(db: Database, store: ObjectStore, claim: Claim) -> CheckpointRow | None:
-    """The newest checkpoint that counts and whose files are all there; else the one a retried job continues from."""
+    """The newest checkpoint that counts and whose files are all there; else the one a retried job continues from.
+
+    After a loss spike the newest that is known to be sound; where retention has left none of those, the oldest."""
     while True:
         with db.reader() as session:
             job = session.get_one(JobRow, claim.job_id)
-            row = newest_checkpoint(session, job.id)
+            last = last_attempt(session, job)
+            sound_step = (last.exit or {}).get("sound_step") if last is not None else None
+            row = newest_checkpoint(session, job.id, up_to_step=sound_step)
             other = session.get(CheckpointRow, job.resume_from) if job.resume_from else None
         if row is None:
             break
@@ -122,6 +127,19 @@ def _choose_resume(db: Database, store: ObjectStore, claim: Claim) -> Checkpoint
     if other is None or not other.valid or other.deleted_at is not None or not is_complete(store, other.prefix):
         raise CannotStart(f"The checkpoint {job.resume_from} that this job continues from does not exist any more.")
     return other
+
+
+def _skips(session: Session, job: JobRow, step: int) -> tuple[DataSkip, ...]:
+    """The data that this job's rollbacks pass over, with the one that goes back to `step` now: each attempt that
+    ended in a spike, up to where it ended, counted from where its successor continued."""
+    by_number = select(AttemptRow).where(AttemptRow.job_id == job.id).order_by(AttemptRow.number)
+    attempts = list(session.scalars(by_number))
+    from_steps = [*(attempt.from_step for attempt in attempts[1:]), step]
+    return tuple(
+        DataSkip(attempt_id=spiked.id, at_step=from_step, num_batches=spiked.exit["last_step"] - from_step)
+        for spiked, from_step in zip(attempts, from_steps, strict=False)
+        if spiked.exit_reason == ExitReason.LOSS_SPIKE and spiked.exit is not None
+    )
 
 
 def _resolve_init_from(session: Session, job: JobRow, *, needed: bool) -> CheckpointRow | None:
@@ -145,6 +163,7 @@ def _write_attempt_file(
     resume: CheckpointRow | None,
     init_from: CheckpointRow | None,
     parents: tuple[ParentCut, ...],
+    skips: tuple[DataSkip, ...],
     now: datetime,
 ) -> AttemptFile:
     """Write the next attempt's file. Where one lies already that an interrupted start left, it is taken if it says the
@@ -163,6 +182,7 @@ def _write_attempt_file(
             parents=parents_of_next(number, parents, own),
             resume_from=_source(resume),
             init_from=_source(init_from),
+            skips=skips,
             created_at=now,
         )
         key = attempt_key(file.attempt_id)

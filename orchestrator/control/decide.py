@@ -65,6 +65,8 @@ class Observation:
     """How the attempt before this one ended."""
     ran_s: float = 0.0
     """Running time of the job's earlier attempts."""
+    num_rollbacks: int = 0
+    """How many of them ended in a rollback."""
     fitting_world_size: int | None = None
     """With how many workers a recovering job could start now."""
 
@@ -335,6 +337,7 @@ def _end(
         made_progress=seen.made_progress,
         made_a_step=last_step > attempt.from_step,
         last_step=last_step,
+        num_rollbacks=seen.num_rollbacks,
     )
     return End(reason, message, said, follow(job, ended, seen.previous, policy, settings, jitter))
 

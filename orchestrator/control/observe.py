@@ -46,6 +46,8 @@ class Facts:
     ran_s: float
     """Running time of all attempts that have ended."""
     policy: Policy
+    num_rollbacks: int = 0
+    """How many attempts before the last ended in a rollback."""
 
     @property
     def live_attempt(self) -> AttemptRow | None:
@@ -62,7 +64,8 @@ def load_facts(db: Database, job_id: str) -> Facts:
         previous = _ended(session, attempts[1]) if len(attempts) > 1 else None
     ended = [a for a in attempts if a.state == AttemptState.ENDED and a.ended_at is not None]
     ran_s = sum((a.ended_at - a.created_at).total_seconds() for a in ended if a.ended_at is not None)
-    return Facts(job, attempts[0] if attempts else None, previous, ran_s, _policy(job))
+    num_rollbacks = sum(a.exit_reason == ExitReason.LOSS_SPIKE for a in attempts[1:])
+    return Facts(job, attempts[0] if attempts else None, previous, ran_s, _policy(job), num_rollbacks)
 
 
 class Observer:
@@ -89,7 +92,9 @@ class Observer:
             StoreError: the object store failed.
             LeaseLost: another process took over.
         """
-        seen = Observation(self._watching_since, previous=facts.previous, ran_s=facts.ran_s)
+        seen = Observation(
+            self._watching_since, previous=facts.previous, ran_s=facts.ran_s, num_rollbacks=facts.num_rollbacks
+        )
         job, attempt = facts.job, facts.live_attempt
         needs_cluster = attempt is not None or job.state == JobState.RECOVERING
         cluster = self._see_cluster() if needs_cluster or job.start_workers is not None else None
@@ -214,4 +219,5 @@ def _policy(job: JobRow) -> Policy:
         max_user_failures=retry.max_user_failures,
         max_infra_failures=retry.max_infra_failures,
         deadline_s=(spec.get("queue") or {}).get("deadline_s"),
+        max_rollbacks=((spec.get("train") or {}).get("spike_rollback") or {}).get("max_rollbacks", 0),
     )

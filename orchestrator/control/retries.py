@@ -6,6 +6,7 @@ The reasons and their retry classes are one table, `configs.reasons`. Pure: no c
 - user: a new attempt while `retry.max_user_failures` lasts; none by default.
 - infra: a new attempt while fewer than `retry.max_infra_failures` came in a row without a new checkpoint in between.
 - free: back in the queue, at no cost (preempted, paused).
+- rollback: a new attempt from before the loss spiked, while `train.spike_rollback.max_rollbacks` lasts.
 
 Twice the same failure without progress is a crash loop: trying a third time would only cost more.
 """
@@ -28,6 +29,7 @@ class Policy:
     max_user_failures: int = 0
     max_infra_failures: int = 10
     deadline_s: float | None = None
+    max_rollbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Ended:
     """It committed a checkpoint."""
     made_a_step: bool = False
     last_step: int = 0
+    num_rollbacks: int = 0
+    """How many attempts of the job before this one ended in a rollback."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,17 @@ def follow(
         # Nobody of ours told it to: somebody stopped the driver. That is a loss, not the user's will.
         reason = ExitReason.DRIVER_LOST
     row = EXIT_REASONS[reason]
-    if job.desired != Desired.RUN and row.retry in ("free", "infra"):
+    if job.desired != Desired.RUN and row.retry in ("free", "infra", "rollback"):
         return at_rest(job)
     if row.retry == "free":
         return move(job, JobState.QUEUED, None, message or "Back in the queue.", desired=Desired.RUN)
     if row.retry == "never":
         return move(job, row.final_state, reason, message)
+    if row.retry == "rollback":
+        # Not a failure of anything: no back-off, and no loop either, since it goes on with other data.
+        text = f"Rollback {ended.num_rollbacks + 1} of {policy.max_rollbacks}: {message}"
+        is_left = ended.num_rollbacks < policy.max_rollbacks
+        return move(job, JobState.RECOVERING, reason, text) if is_left else move(job, row.final_state, reason, message)
     if is_crash_loop(ended, before):
         text = f"The same failure twice in a row without progress ({reason}): {message}"
         return move(job, JobState.FAILED, ExitReason.CRASH_LOOP, text)

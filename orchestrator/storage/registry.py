@@ -58,10 +58,15 @@ def resolve_ref(session: Session, ref: str, *, hold: bool = False) -> Checkpoint
     return held if held.valid and held.deleted_at is None else None
 
 
-def newest_checkpoint(session: Session, job_id: str) -> CheckpointRow | None:
-    """The checkpoint furthest into the job's training, or None."""
-    furthest = select(CheckpointRow).where(*_available(job_id))
-    return session.scalars(furthest.order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc()).limit(1)).first()
+def newest_checkpoint(session: Session, job_id: str, up_to_step: int | None = None) -> CheckpointRow | None:
+    """The checkpoint furthest into the job's training, or None. With `up_to_step` the furthest up to there; where there
+    is none, the first one beyond it."""
+    counted = select(CheckpointRow).where(*_available(job_id)).limit(1)
+    furthest = counted.order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc())
+    if up_to_step is None:
+        return session.scalars(furthest).first()
+    before = session.scalars(furthest.where(CheckpointRow.step <= up_to_step)).first()
+    return before or session.scalars(counted.order_by(CheckpointRow.step, CheckpointRow.attempt.desc())).first()
 
 
 def best_checkpoint(session: Session, job_id: str) -> CheckpointRow | None:

@@ -299,12 +299,24 @@ def test_every_reason_leads_where_its_row_says(reason: ExitReason) -> None:
         "user": JobState.FAILED,
         "infra": JobState.RECOVERING,
         "free": JobState.QUEUED,
+        "rollback": JobState.FAILED,
     }
     # Nobody asked for it: somebody else stopped the driver.
     wanted = JobState.RECOVERING if reason is ExitReason.USER_CANCELLED else expected[row.retry]
     assert following.state is wanted
     assert following.state in successors(JobState.RUNNING)
     assert (following.delay_s > 0) == (following.state is JobState.RECOVERING)
+
+
+def test_rollbacks_cost_nothing_and_have_an_end() -> None:
+    policy = Policy(max_rollbacks=2, max_infra_failures=0)
+    first, last = (ended(ExitReason.LOSS_SPIKE, policy=policy, num_rollbacks=n).next for n in (0, 1))
+    assert (first.state, first.reason, first.delay_s) == (JobState.RECOVERING, ExitReason.LOSS_SPIKE, 0.0)
+    assert first.message.startswith("Rollback 1 of 2: ")
+    assert last.state is JobState.RECOVERING
+    assert (last.user_failures, last.infra_failures) == (0, 0)
+    beyond = ended(ExitReason.LOSS_SPIKE, policy=policy, num_rollbacks=2).next
+    assert (beyond.state, beyond.reason) == (JobState.FAILED, ExitReason.LOSS_SPIKE)
 
 
 LIVE = [

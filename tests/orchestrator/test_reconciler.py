@@ -13,7 +13,7 @@ from configs.ids import attempt_id, checkpoint_id
 from configs.layout import attempt_key, checkpoint_prefix
 from configs.reasons import ExitReason, QueueReason
 from configs.states import AttemptState, Desired, JobState
-from configs.wire import AttemptFile, ParentCut
+from configs.wire import AttemptFile, DataSkip, ParentCut
 from orchestrator.control.launcher import LaunchState, NodeInfo
 from orchestrator.control.leases import claim_due
 from orchestrator.control.queue_view import schedule_queue, store_cluster
@@ -530,6 +530,40 @@ def test_a_corrupt_checkpoint_is_not_used_again(world: World) -> None:
     world.look(8)
     assert world.attempts(job_id)[-1].from_step == 10
     assert world.attempt_file(job_id, 3).parents == (ParentCut(attempt=1, step=10), ParentCut(attempt=2, step=0))
+
+
+def test_after_a_loss_spike_it_goes_back_to_before_it_and_passes_over_the_data(world: World) -> None:
+    spec = make_spec() | {"train": {"spike_rollback": {"max_rollbacks": 2}}}
+    job_id = world.start(spec)
+    for step in (10, 20, 30):
+        put_checkpoint(world.store, world.job(job_id), 1, step)
+    world.report(job_id, step=35)
+    world.end(job_id, ExitReason.LOSS_SPIKE, last_step=35, sound_step=24)
+    world.look(2)
+    first = DataSkip(attempt_id=attempt_id(job_id, 1), at_step=20, num_batches=15)
+    second = world.attempt_file(job_id, 2)
+    assert second.resume_from is not None
+    assert (second.resume_from.checkpoint_id, second.skips) == (checkpoint_id(job_id, 20, 1), (first,))
+    assert second.parents == (ParentCut(attempt=1, step=20),), "what came after it counts no more"
+
+    # Lost before it saved anything: the data is still passed over.
+    world.report(job_id, step=22)
+    world.end(job_id, ExitReason.WORKER_LOST, last_step=22)
+    world.look(4)
+    assert world.attempt_file(job_id, 3).skips == (first,)
+
+    put_checkpoint(world.store, world.job(job_id), 3, 40)
+    world.report(job_id, step=44)
+    world.end(job_id, ExitReason.LOSS_SPIKE, last_step=44, sound_step=5)
+    world.look(2)
+    fourth = world.attempt_file(job_id, 4)
+    assert fourth.resume_from is not None
+    assert fourth.resume_from.checkpoint_id == checkpoint_id(job_id, 10, 1), "the oldest where none is sound"
+    assert fourth.skips == (first, DataSkip(attempt_id=attempt_id(job_id, 3), at_step=10, num_batches=34))
+
+    world.end(job_id, ExitReason.LOSS_SPIKE, last_step=12, sound_step=11)
+    world.look()
+    assert (world.job(job_id).state, world.job(job_id).reason) == (JobState.FAILED, ExitReason.LOSS_SPIKE)
 
 
 def test_a_retried_job_continues_from_another_jobs_checkpoint(world: World) -> None:

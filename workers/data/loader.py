@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from configs.data import DataConfig
+from configs.lineage import batch_number
+from configs.wire import DataSkip
 from workers.data.augment import augment, augment_batch, eval_transform
 from workers.data.corrupt import CorruptImages, OnCorrupt, no_report
 from workers.data.errors import DataError
@@ -60,7 +62,8 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 class TrainLoader:
-    """Yields, from `start_step` on and without end, one step at a time: a list of this rank's micro-batches.
+    """Yields, from `start_step` on and without end, one step at a time: a list of this rank's micro-batches. `skips`
+    says which data is passed over.
 
     Micro-step a of rank r is micro-batch a * world_size + r of the step. Unreadable images are counted, reported once
     each through `on_corrupt` and replaced by the next readable one; beyond `data.max_corrupt` of the source (seen by
@@ -83,6 +86,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         start_step: int = 0,
+        skips: tuple[DataSkip, ...] = (),
         on_corrupt: OnCorrupt = no_report,
         pin_memory: bool = False,
     ) -> None:
@@ -96,7 +100,7 @@ class TrainLoader:
         self.grad_accum_steps = global_batch_size // (micro_batch_size * world_size)
         self.corrupt = CorruptImages(source, data.max_corrupt, on_corrupt)
         steps = _TrainSteps(
-            source, data, image_hw, seed, global_batch_size, micro_batch_size, rank, world_size, self.corrupt
+            source, data, image_hw, seed, global_batch_size, micro_batch_size, rank, world_size, skips, self.corrupt
         )
         self._prefetcher = Prefetcher(steps.generate(start_step, pin_memory), PREFETCH_STEPS)
 
@@ -134,6 +138,7 @@ class _TrainSteps:
     micro_batch_size: int
     rank: int
     world_size: int
+    skips: tuple[DataSkip, ...]
     corrupt: CorruptImages
 
     def generate(self, start_step: int, pin_memory: bool) -> Iterator[list[Batch]]:
@@ -146,7 +151,7 @@ class _TrainSteps:
     def positions(self, step: int) -> Indices:
         """Positions of this rank's micro-batches in `step`, in micro-step order: int64 (accum * micro,)."""
         micro_batches = np.arange(self.rank, self.global_batch_size // self.micro_batch_size, self.world_size)
-        starts = step * self.global_batch_size + micro_batches * self.micro_batch_size
+        starts = batch_number(step, self.skips) * self.global_batch_size + micro_batches * self.micro_batch_size
         return (starts[:, None] + np.arange(self.micro_batch_size)).reshape(-1)
 
     def make(self, step: int, pool: ThreadPoolExecutor | None) -> list[Batch]:
