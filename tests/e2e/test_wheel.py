@@ -90,5 +90,8 @@ def test_the_base_install_plans_and_says_what_is_missing_for_more(base_python: P
     assert "326.74 M parameters" in plan.stdout
     assert "demo/fashion-mnist-pretrain" in patchwork("presets").stdout
     assert "patchwork-vit[local]" in patchwork("up").stderr
+    train = patchwork("train", "--preset", "demo/fashion-mnist-pretrain")
+    assert (train.returncode, "patchwork-vit[worker]" in train.stderr) == (1, True), train.stderr
+    assert "Ctrl-C saves and leaves" in patchwork("train", "--help").stdout
     client = "from orchestrator.client import Client; Client('http://127.0.0.1:9').close()"
     assert subprocess.run([base_python, "-c", client], cwd=tmp_path, check=False).returncode == 0

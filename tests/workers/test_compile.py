@@ -16,16 +16,19 @@ from tests.workers.attempts import make_attempt, saved_at, tiny_spec
 from tests.workers.rank_jobs import Result, Run, assert_same_bits, read_state, run_attempts
 from workers.distributed import Ranks
 
-pytestmark = pytest.mark.timeout(600)  # compiling takes its time
+pytestmark = pytest.mark.timeout(900)  # compiling takes its time
 STAGES = (0, 1, 2)
 
 
-def spec_of(stage: int, **train: Any) -> Any:
+def spec_of(stage: int, compile: bool = True) -> Any:
+    """At stage 0 without dropout, whose masks a compiled model draws otherwise; at stage 2 with activation
+    checkpointing."""
     return tiny_spec(
+        model={"dropout": 0.0, "drop_path": 0.0} if stage == 0 else {},
         zero={"stage": stage},
         checkpoint={"every_steps": 3},
         eval={"every_steps": 2, "at_end": True, "batch_size": 8},
-        train={"compile": True, "activation_checkpointing": stage == 2} | train,
+        train={"compile": compile, "activation_checkpointing": stage == 2},
     )
 
 
@@ -43,7 +46,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[DirStore, Any]:
     resumed = [
         Run(make_attempt(spec_of(stage), 1, 2 * stage + 2, resume_from=saved_at(3, 2 * stage + 1))) for stage in STAGES
     ]
-    return DirStore(root), run_ranks(1, compiled_runs, [*whole, *resumed], str(root))[0]
+    # Each of three models is compiled anew where no cache knows it: half a minute of both cores.
+    return DirStore(root), run_ranks(1, compiled_runs, [*whole, *resumed], str(root), timeout_s=800.0)[0]
 
 
 @pytest.mark.ranks
@@ -65,15 +69,11 @@ def test_compiled_training_resumes_exactly(compiled: Any, stage: int) -> None:
 
 
 @pytest.mark.ranks
-def test_it_learns_what_the_uncompiled_model_learns(tmp_path: Path) -> None:
-    """Without dropout, whose masks are drawn otherwise."""
-    specs = [
-        tiny_spec(model={"dropout": 0.0, "drop_path": 0.0}, train={"compile": compile}) for compile in (False, True)
-    ]
-    runs = [Run(make_attempt(spec, 2, number)) for number, spec in enumerate(specs, 1)]
-    eager, compiled = run_ranks(2, run_attempts, runs, str(tmp_path))[0]
-    assert compiled.outcome.reason is ExitReason.COMPLETED, compiled.outcome
-    assert compiled.losses == pytest.approx(eager.losses, abs=1e-5)
+def test_it_learns_what_the_uncompiled_model_learns(compiled: Any, tmp_path: Path) -> None:
+    _, (results, _, _) = compiled
+    run = Run(make_attempt(spec_of(0, compile=False), 1))
+    eager = run_ranks(1, run_attempts, [run], str(tmp_path))[0][0]
+    assert results[0].losses == pytest.approx(eager.losses, abs=1e-5)
 
 
 def test_it_is_refused_at_stage_3() -> None:
