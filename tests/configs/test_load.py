@@ -54,7 +54,7 @@ def test_a_valid_job_parses() -> None:
         ("train__global_batch_size", 63, "/train/global_batch_size", ["63", "2 workers"]),
         ("train__micro_batch_size", 5, "/train/micro_batch_size", ["5", "32 images"]),
         ("train__micro_batch_size", "all", "/train/micro_batch_size", ["all", "whole number", "'auto'"]),
-        ("train__compile", True, "/train/compile", ["true", "false"]),
+        ("train__compile", "fast", "/train/compile", ["fast", "true", "false"]),
         ("train__seed", -1, "/train/seed", ["-1", "at least 0"]),
         ("zero__stage", 4, "/zero/stage", ["4", "0, 1, 2 or 3"]),
         ("zero", 1, "/zero", ["1", "mapping"]),
