@@ -45,14 +45,22 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # -- timm --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
-    [{}, {"no_embed_class": True}, {"global_pool": "avg", "class_token": False, "fc_norm": False}],
-    ids=["class token", "no_embed_class", "gap"],
+    [
+        {},
+        {"no_embed_class": True},
+        {"global_pool": "avg", "class_token": False, "fc_norm": False},
+        {"global_pool": "avg", "class_token": True, "fc_norm": True},
+        {"init_values": 1e-6, "no_embed_class": True},
+    ],
+    ids=["class token", "no_embed_class", "gap", "patch_mean", "layer_scale"],
 )
 def test_timm_file_gives_timms_logits(tmp_path: Path, options: dict[str, object]) -> None:
     theirs = randomize(timm.create_model("vit_tiny_patch16_224", img_size=48, depth=3, num_classes=11, **options))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     found = read_weights(tmp_path / "model.safetensors")
     assert (found.format, found.config.num_heads, found.config.image_size) == ("timm", 3, (48, 48))
+    assert (found.config.layer_scale is None) == ("init_values" not in options)
+    assert (found.config.pool == "patch_mean") == bool(options.get("fc_norm"))
     images = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
@@ -155,6 +163,14 @@ def test_big_vision_spells_the_same_model_differently(tmp_path: Path, make_model
         assert equal(read_weights(tmp_path / "scanned.npz").state, state)
 
 
+@pytest.mark.parametrize(("field", "value"), [("pool", "patch_mean"), ("layer_scale", 1e-4)])
+def test_an_official_file_is_no_model_of_ours_alone(tmp_path: Path, make_model, field: str, value: object) -> None:
+    model = make_model()
+    write_npz(to_official(model.state_dict(), model.config), tmp_path / "model.npz")
+    with pytest.raises(ValueError, match=rf"model\.{field}"):
+        read_weights(tmp_path / "model.npz", config=model.config.model_copy(update={field: value}))
+
+
 def test_bfloat16_as_jax_saves_it(tmp_path: Path, make_model) -> None:
     model = make_model()
     arrays = {}
@@ -165,9 +181,17 @@ def test_bfloat16_as_jax_saves_it(tmp_path: Path, make_model) -> None:
     assert equal(found, {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
 
 
-def test_what_the_official_code_cannot_express_is_refused(make_model) -> None:
-    model = make_model(gelu="exact")
-    with pytest.raises(ValueError, match=r"model\.gelu exact"):
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"gelu": "exact"}, r"model\.gelu exact"),
+        ({"pool": "patch_mean"}, r"model\.pool patch_mean: .* only cls and gap"),
+        ({"layer_scale": 1e-4}, r"model\.layer_scale 0\.0001: .* only null"),
+    ],
+)
+def test_what_the_official_code_cannot_express_is_refused(make_model, fields: dict[str, object], said: str) -> None:
+    model = make_model(**fields)
+    with pytest.raises(ValueError, match=said):
         to_official(model.state_dict(), model.config)
 
 
