@@ -86,7 +86,7 @@ def test_big_vision_decays_kernels(name: str) -> None:
 
 
 def test_stochastic_depth_is_each_sources() -> None:
-    """facebookresearch/deit `models_v2.py`: the same in all blocks; timm's, which MAE uses: linspace(0, rate, depth)."""
+    """facebookresearch/deit `models_v2.py`: the same in all blocks. timm, which MAE uses: linspace(0, rate, depth)."""
     deit, mae = resolved("deit3/imagenet-l16").model.vit(), resolved("mae-finetune/l16").model.vit()
     assert drop_path_rates(deit.drop_path, deit.depth, deit.drop_path_rule) == [0.45] * 24
     assert drop_path_rates(mae.drop_path, mae.depth, mae.drop_path_rule) == pytest.approx(

@@ -116,8 +116,8 @@ def test_a_resumed_finetune_reads_its_own_checkpoint(finetuned: tuple[Any, dict[
 
 
 def test_a_head_may_be_kept_and_a_norm_replaced(store: DirStore) -> None:
-    """On the data and classes of the checkpoint, whose head goes on; or as MAE fine-tunes, with a norm after the mean."""
-    same = FINETUNE | {"data": {"source": synthetic(num_classes=6)}}
+    """For the checkpoint's classes its head goes on; as MAE fine-tunes, there is a new norm after the mean."""
+    same = FINETUNE | {"data": SOURCE_DATA}
     jobs = {
         "kept": job_of(store, "finetune", **same, keep_head=True),
         "mean": job_of(store, "finetune", **(same | {"model": FINETUNE["model"] | {"pool": "patch_mean"}})),
