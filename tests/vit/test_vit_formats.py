@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from vit import build
 from vit.formats import Imported, read_weights, write_official
 from vit.formats.npz import write_npz
 from vit.formats.official import to_official
+from vit.transfer import transfer_weights
 
 HEADS = ImportModel(num_heads=2)
 
@@ -64,6 +66,45 @@ def test_timm_file_gives_timms_logits(tmp_path: Path, options: dict[str, object]
     images = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
+
+
+def test_deit3s_file_is_read(tmp_path: Path) -> None:
+    """facebookresearch/deit `models_v2.py`: LayerScale is gamma_1 and gamma_2, the class token has no position."""
+    theirs = randomize(
+        timm.create_model(
+            "vit_tiny_patch16_224", img_size=48, depth=3, num_classes=11, init_values=1e-4, no_embed_class=True
+        )
+    )
+    deit = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): tensor for name, tensor in theirs.state_dict().items()}
+    assert {"blocks.0.gamma_1", "blocks.2.gamma_2"} < deit.keys()
+    save_file(deit, tmp_path / "deit.safetensors")
+    found = read_weights(tmp_path / "deit.safetensors")
+    assert (found.format, found.config.layer_scale, found.config.pool) == ("timm", 1e-4, "cls")
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
+
+
+def test_maes_encoder_is_fine_tuned_by_the_mean_of_its_patches(tmp_path: Path) -> None:
+    """An encoder without a classifier, imported, and given MAE's head: timm's model of the same weights agrees."""
+    options = {"img_size": 48, "depth": 3, "num_classes": 11}
+    encoder = randomize(timm.create_model("vit_tiny_patch16_224", **options)).state_dict()
+    body = {name: tensor for name, tensor in encoder.items() if not name.startswith("head.")}
+    save_file(body, tmp_path / "mae.safetensors")
+    found = read_weights(tmp_path / "mae.safetensors", ImportModel(num_classes=1000))
+    target = found.config.model_copy(update={"pool": "patch_mean", "num_classes": 11})
+    state = build(target).state_dict() | transfer_weights(found.state, found.config, target)
+    state["head.weight"] = torch.randn(11, 192)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", global_pool="avg", class_token=True, fc_norm=True, **options
+    ).eval()
+    missing, unexpected = theirs.load_state_dict(body, strict=False)
+    assert set(missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert set(unexpected) == {"norm.weight", "norm.bias"}
+    theirs.head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(Imported(state, target, "timm"), images), theirs(images), rtol=0, atol=2e-5)
 
 
 def test_a_width_nobody_published_needs_its_heads(tmp_path: Path, make_model) -> None:
