@@ -85,11 +85,12 @@ def num_parameters(config: VitConfig) -> int:
     backbone = stem_of(config)
     stem = backbone.num_parameters if backbone else 0
     patch_embed = stem + config.patch_size**2 * config.patch_channels * dim + dim
-    cls_token = dim if config.pool == "cls" else 0
+    cls_token = dim * config.num_prefix
     pos_embed = config.num_tokens * dim
     attention = (3 * dim * dim + 3 * dim) + (dim * dim + dim)
     mlp_block = (dim * mlp + mlp) + (mlp * dim + dim)
-    block = attention + mlp_block + 4 * dim
+    layer_scale = 0 if config.layer_scale is None else 2 * dim
+    block = attention + mlp_block + 4 * dim + layer_scale
     pre_logits = dim * dim + dim if config.head == "mlp" else 0
     head = dim * config.num_classes + config.num_classes
     return patch_embed + cls_token + pos_embed + config.depth * block + 2 * dim + pre_logits + head
@@ -155,6 +156,7 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
         input of fc2                  a M     GELU's output, after dropout
 
     Dropout adds its masks, 2 D + M elements of one byte. (CPU kernels keep them in the activation's own type.)
+    LayerScale adds what it multiplies, the output of each branch: 2 a D.
     """
     dim, mlp = config.embed_dim, config.mlp_dim
     width = FP32 if precision == "fp32" else BF16
@@ -162,6 +164,8 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
     per_token = residual + width * (6 * dim + 2 * mlp) + FP32 * config.num_heads
     if config.dropout > 0.0:
         per_token += 2 * dim + mlp
+    if config.layer_scale is not None:
+        per_token += 2 * width * dim
     return config.num_tokens * per_token
 
 
@@ -170,7 +174,8 @@ def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
     hybrid what its stem keeps), the input of the final norm, the head's input (and what pre_logits adds), and about
     three times the logits in fp32.
 
-    In fp32 the class token that the head reads is a view, which keeps the final norm's whole output alive.
+    In fp32 the class token that the head reads is a view, which keeps the final norm's whole output alive. With
+    `pool: patch_mean` the norm reads the mean alone.
     """
     dim, tokens = config.embed_dim, config.num_tokens
     width = FP32 if precision == "fp32" else BF16
@@ -178,7 +183,7 @@ def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
     image = width * config.in_channels * height * columns
     if (backbone := stem_of(config)) is not None:
         image = backbone.saved_bytes(precision == "bf16") + _feature_copy_bytes(backbone, precision)
-    norm = tokens * (FP32 * dim + 2 * FP32)
+    norm = (1 if config.pool == "patch_mean" else tokens) * (FP32 * dim + 2 * FP32)
     pooled = width * dim * (tokens if precision == "fp32" and config.pool == "cls" else 1)
     head = pooled + (width * dim if config.head == "mlp" else 0) + 3 * FP32 * config.num_classes
     mask = tokens * dim if config.dropout > 0.0 else 0

@@ -84,8 +84,10 @@ class RandAugment(Strict):
 class Augment(Strict):
     """Training augmentation; each sample's is a pure function of (seed, epoch, sample index)."""
 
-    crop: Literal["inception", "resize"] = Field(
-        "inception", description="inception: random area and aspect, resized to image_size; resize: no crop."
+    crop: Literal["inception", "simple", "resize"] = Field(
+        "inception",
+        description="inception: random area and aspect, resized to image_size; simple: resized to cover image_size, "
+        "4 pixels reflected at each side, cropped at random (DeiT-III's Simple Random Crop); resize: no crop.",
     )
     crop_area: tuple[Fraction, Fraction] = Field((0.05, 1.0), description="Area range of the Inception crop.")
     flip: bool = True
@@ -104,7 +106,7 @@ class Augment(Strict):
         low, high = self.crop_area
         if not 0.0 < low <= high:
             raise ValueError(f"crop_area {list(self.crop_area)}: expected 0 < low <= high <= 1")
-        if self.crop == "resize" and "crop_area" in self.model_fields_set and self.crop_area != (0.05, 1.0):
+        if self.crop != "inception" and "crop_area" in self.model_fields_set and self.crop_area != (0.05, 1.0):
             raise ValueError("crop_area applies to crop: inception only")
         if self.randaugment is not None and self.three_augment:
             raise ValueError("three_augment and randaugment exclude one another")

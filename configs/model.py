@@ -16,7 +16,9 @@ from configs.base import Strict
 Size = Annotated[int, Field(ge=1, le=65536)]
 ImageSize = Annotated[int, Field(ge=1, le=4096)]
 Head = Literal["linear", "mlp"]
-Pool = Literal["cls", "gap"]
+Pool = Literal["cls", "gap", "patch_mean"]
+DropPathRule = Literal["linear", "uniform"]
+LayerScale = Annotated[float, Field(gt=0.0, le=1.0)]
 Gelu = Literal["tanh", "exact"]
 HeadBias = Annotated[float, Field(ge=-50.0, le=50.0)]
 PosEmbed = Literal["learned", "sincos2d"]
@@ -27,6 +29,10 @@ PosResize = Literal["official", "bilinear", "bicubic", "bicubic_antialias", "bic
 """How position embeddings are resized to another grid (which code does what: docs/models.md):
 official = bilinear, corners aligned (google-research/vision_transformer); bilinear = timm's npz import;
 bicubic_antialias = timm's state-dict import; bicubic = Transformers; bicubic_aligned = torchvision."""
+
+POOL_CHANGES: frozenset[tuple[Pool, Pool]] = frozenset({("cls", "patch_mean")})
+"""From which pooling to which a fine-tune may change. The class token stays; the final norm is replaced by a new one
+after the mean (facebookresearch/mae `models_vit.py`)."""
 
 # name -> embed_dim, depth, num_heads, mlp_dim
 VARIANTS: dict[str, tuple[int, int, int, int]] = {
@@ -133,10 +139,20 @@ class ModelConfig(Strict):
         0.0,
         description="The classifier's bias at the start of pre-training with the sigmoid loss (official code: -10).",
     )
-    pool: Pool = "cls"
+    pool: Pool = Field(
+        "cls",
+        description="cls: the class token; gap: the mean of all tokens, no class token; patch_mean: the mean of the "
+        "patches beside a class token, with the norm after it (MAE fine-tuning).",
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="Rate of the last block; linear from 0."
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Rate of the last block.")
+    drop_path_rule: DropPathRule = Field(
+        "linear", description="linear: from 0 at the first block; uniform: the same rate in every block (DeiT-III)."
+    )
+    layer_scale: LayerScale | None = Field(
+        None,
+        description="Where the learned factors on each channel of each residual branch start (LayerScale), such as "
+        "1e-4; null: none.",
     )
     gelu: Gelu = "tanh"
     pos_embed: PosEmbed = Field("learned", description="sincos2d: fixed sines and cosines (big_vision).")
@@ -221,9 +237,20 @@ class VitConfig(Strict):
     pool: Pool = "cls"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    drop_path_rule: DropPathRule = "linear"
+    layer_scale: LayerScale | None = None
     gelu: Gelu = "tanh"
     pos_embed: PosEmbed = "learned"
     pos_resize: PosResize = "official"
+
+    @property
+    def has_cls_token(self) -> bool:
+        return self.pool != "gap"
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before those of the patches: the class token, if there is one."""
+        return 1 if self.has_cls_token else 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -244,7 +271,7 @@ class VitConfig(Strict):
     def num_tokens(self) -> int:
         """Sequence length, with the class token if there is one."""
         rows, columns = self.grid
-        return rows * columns + (1 if self.pool == "cls" else 0)
+        return self.num_prefix + rows * columns
 
     @property
     def head_dim(self) -> int:

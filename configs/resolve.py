@@ -17,7 +17,16 @@ from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
 from configs.data import DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
-from configs.model import HYBRIDS, SIZE_FIELDS, VARIANTS, ModelConfig, VitConfig, stride_text, variant_sizes
+from configs.model import (
+    HYBRIDS,
+    POOL_CHANGES,
+    SIZE_FIELDS,
+    VARIANTS,
+    ModelConfig,
+    VitConfig,
+    stride_text,
+    variant_sizes,
+)
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, PretrainJob, job_spec_adapter
 from configs.train import Every, Schedule
 from configs.wire import DatasetCard, Preprocess
@@ -95,8 +104,10 @@ def _training(
     faults: list[FieldError] = []
     model = spec.model.model_dump(mode="json")
     if isinstance(spec, FinetuneJob):
-        model |= _inherit(spec.model, source, faults)
+        model |= _inherit(spec.model, source, spec.keep_head, faults)
     model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
+    if isinstance(spec, FinetuneJob) and spec.keep_head and source is not None:
+        faults.extend(_kept_head_faults(source, card))
     data = _fill_data(spec.data, source)
     num_examples = _count(data, card, faults)
     if num_examples is not None and spec.train.global_batch_size > num_examples:
@@ -126,7 +137,9 @@ def _training(
     }
 
 
-def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[FieldError]) -> dict[str, Any]:
+def _inherit(
+    model: ModelConfig, source: SourceCheckpoint | None, keep_head: bool, faults: list[FieldError]
+) -> dict[str, Any]:
     """What a fine-tune takes over from its checkpoint. What it gives itself must agree, except what may change."""
     if source is None:
         if not model.has_sizes:
@@ -136,15 +149,30 @@ def _inherit(model: ModelConfig, source: SourceCheckpoint | None, faults: list[F
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    for field in (*SIZE_FIELDS, "stem", "in_channels", "pool", "gelu", "pos_embed"):
+    fields = (*SIZE_FIELDS, "stem", "in_channels", "pool", "gelu", "pos_embed", "layer_scale")
+    for field in (*fields, "head") if keep_head else fields:
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
+        if field == "pool" and (theirs, given) in POOL_CHANGES and is_given:
+            theirs = given
+        if field == "layer_scale" and theirs is not None:
+            is_given = False  # where the factors started changes nothing: they are the checkpoint's
         if is_given and given != theirs:
             faults.append(_contradiction(model, field, given, theirs, source.checkpoint_id))
         inherited[field] = theirs.model_dump() if isinstance(theirs, BaseModel) else theirs
     inherited["variant"] = _variant_of(origin)
     faults.extend(_patch_faults(model, origin))
     return inherited
+
+
+def _kept_head_faults(source: SourceCheckpoint, card: DatasetCard) -> list[FieldError]:
+    if source.model.num_classes == card.num_classes:
+        return []
+    message = (
+        f"keep_head: checkpoint {source.checkpoint_id} tells {source.model.num_classes} classes apart, data set "
+        f"{card.name} has {card.num_classes}"
+    )
+    return [FieldError("/keep_head", message, True, "false, for a new head")]
 
 
 def _contradiction(model: ModelConfig, field: str, given: object, theirs: object, checkpoint_id: str) -> FieldError:
@@ -266,7 +294,7 @@ def _schedule(schedule: Schedule, num_examples: int, batch: int) -> dict[str, An
             given,
             f"at most {total} steps",
         )
-    return {"total_steps": total, "warmup_steps": warmup, "decay": schedule.decay}
+    return {"total_steps": total, "warmup_steps": warmup, "decay": schedule.decay, "min_lr": schedule.min_lr}
 
 
 def _cadence(every: Every, num_examples: int, batch: int) -> dict[str, Any]:
@@ -366,6 +394,7 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
         "schedule",
         "train",
         "init_from",
+        "keep_head",
         "image_size",
         "precision",
         "format",

@@ -83,6 +83,10 @@ class _TrainingJob(_Job):
                 )
             if micro != "auto" and micro % 2:
                 raise ValueError(f"data.mix pairs images: train.micro_batch_size {micro} must be even")
+        if self.schedule.min_lr > self.optim.lr:
+            raise ValueError(
+                f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}, from which it decays"
+            )
         channels = {1, self.model.in_channels}
         for field in ("mean", "std"):
             count = len(getattr(self.data, field))
@@ -110,11 +114,14 @@ class PretrainJob(_TrainingJob):
 
 
 class FinetuneJob(_TrainingJob):
-    """Train from a checkpoint's weights with a new head, at any resolution."""
+    """Train from a checkpoint's weights, with a new head unless `keep_head`, at any resolution."""
 
     kind: Literal["finetune"]
     init_from: CheckpointRef
     weights: Weights = WEIGHTS
+    keep_head: bool = Field(
+        False, description="Go on with the checkpoint's head, for the same classes (at another resolution: DeiT-III)."
+    )
 
     @model_validator(mode="after")
     def _head_is_zero(self) -> Self:

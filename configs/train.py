@@ -51,7 +51,7 @@ class Optim(Strict):
 
 
 class Schedule(Strict):
-    """Learning rate: linear warm-up from 0, then linear or cosine to 0, or constant. Exactly one total."""
+    """Learning rate: linear warm-up from 0, then linear or cosine to `min_lr`, or constant. Exactly one total."""
 
     total_steps: Positive | None = None
     total_epochs: Amount | None = None
@@ -60,6 +60,9 @@ class Schedule(Strict):
     warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
     warmup_examples: Count | None = None
     decay: Literal["linear", "cosine", "constant"] = "cosine"
+    min_lr: Annotated[float, Field(ge=0.0, le=100.0)] = Field(
+        0.0, description="What the learning rate decays to (DeiT: 1e-5, MAE: 1e-6); with layer_decay, before scaling."
+    )
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Self:
@@ -75,6 +78,8 @@ class Schedule(Strict):
             )
         if self.total_steps is not None and self.warmup_steps is not None and self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than total_steps {self.total_steps}")
+        if self.decay == "constant" and self.min_lr > 0.0:
+            raise ValueError(f"min_lr {self.min_lr:g} does not apply to decay: constant")
         return self
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.model import Gelu, StemConfig, VitConfig, stride_text
+from configs.model import DropPathRule, Gelu, StemConfig, VitConfig, stride_text
 from configs.wire import Preprocess
 from vit.init import lecun_normal_, normal_, xavier_uniform_
 from vit.pos_embed import sincos2d
@@ -110,35 +110,67 @@ class DropPath(nn.Module):
         return (x * (mask / keep)).to(x.dtype)  # 1 / keep in fp32: rounded to bf16 it would bias the branch
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch, all of them `init` at the start (CaiT, arXiv
+    2103.17239)."""
+
+    def __init__(self, embed_dim: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.gamma, self.init)
+
+
 class Block(nn.Module):
-    """z' = MSA(LN(z)) + z; z = MLP(LN(z')) + z' (paper, equations 2 and 3)."""
+    """z' = MSA(LN(z)) + z; z = MLP(LN(z')) + z' (paper, equations 2 and 3). LayerScale, if there is one, multiplies
+    what each branch adds."""
 
     def __init__(
-        self, *, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, drop_path: float, gelu: Gelu
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        dropout: float,
+        drop_path: float,
+        gelu: Gelu,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(embed_dim=embed_dim, num_heads=num_heads, dropout=dropout)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
         self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(embed_dim=embed_dim, mlp_dim=mlp_dim, dropout=dropout, gelu=gelu)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def init_weights(self, generator: torch.Generator) -> None:
         _init_norm(self.norm1)
         self.attn.init_weights(generator)
         _init_norm(self.norm2)
         self.mlp.init_weights(generator)
+        for scale in (self.ls1, self.ls2):
+            if isinstance(scale, LayerScale):
+                scale.init_weights()
 
 
 class ViT(nn.Module):
     """A Vision Transformer of any size, of image patches or (`stem`) of a convolutional feature map.
 
     `pool: cls` prepends a class token and reads it; `pool: gap` has none and reads the mean of all tokens after the
-    final norm (google-research/big_vision). `head: mlp` puts a D x D layer with tanh before the classifier.
+    final norm (google-research/big_vision); `pool: patch_mean` prepends one and reads the mean of the patches, and the
+    final norm, then called `fc_norm`, comes after the mean (facebookresearch/mae fine-tuning). `head: mlp` puts a D x D
+    layer with tanh before the classifier.
     Its weights are torch's defaults until `init_weights`; `build` makes an initialised one.
 
     Raises:
@@ -152,7 +184,7 @@ class ViT(nn.Module):
         self.preprocess: Preprocess | None = None
         """How images are prepared for these weights; set by `vit.load`."""
         self.activation_checkpointing = False
-        self.num_prefix = 1 if config.pool == "cls" else 0
+        self.num_prefix = config.num_prefix
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(
             patch_size=config.patch_size,
@@ -160,7 +192,7 @@ class ViT(nn.Module):
             embed_dim=dim,
             backbone=None if config.stem is None else _backbone(config.stem, config.in_channels),
         )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.pool == "cls" else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.has_cls_token else None
         # Fixed positions are a weight too, so that files hold them as timm's do; nothing ever trains them.
         learned = config.pos_embed == "learned"
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim), requires_grad=learned)
@@ -173,10 +205,13 @@ class ViT(nn.Module):
                 dropout=config.dropout,
                 drop_path=rate,
                 gelu=config.gelu,
+                layer_scale=config.layer_scale,
             )
-            for rate in drop_path_rates(config.drop_path, config.depth)
+            for rate in drop_path_rates(config.drop_path, config.depth, config.drop_path_rule)
         )
-        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        is_pooled_first = config.pool == "patch_mean"
+        self.norm = nn.Identity() if is_pooled_first else nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.fc_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if is_pooled_first else nn.Identity()
         self.pre_logits = nn.Linear(dim, dim) if config.head == "mlp" else None
         self.head = nn.Linear(dim, config.num_classes)
 
@@ -185,7 +220,8 @@ class ViT(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the final norm, (B, N, D); the class token, if any, is the first.
+        """All tokens after the final norm (`pool: patch_mean`: before it), (B, N, D); the class token, if any, is the
+        first.
 
         Raises:
             ValueError: the images' channels or size are not those of the configuration.
@@ -207,7 +243,8 @@ class ViT(nn.Module):
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Logits, (B, C), of the tokens that `forward_features` gives."""
-        x = features[:, 0] if self.config.pool == "cls" else features.mean(dim=1)  # (B, D)
+        x = features[:, 0] if self.config.pool == "cls" else features[:, self.num_prefix :].mean(dim=1)  # (B, D)
+        x = self.fc_norm(x)
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)
@@ -231,7 +268,9 @@ class ViT(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.init_weights(generator)
-        _init_norm(self.norm)
+        for norm in (self.norm, self.fc_norm):
+            if isinstance(norm, nn.LayerNorm):
+                _init_norm(norm)
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits.weight, generator)
             nn.init.zeros_(self.pre_logits.bias)
@@ -253,8 +292,10 @@ def empty(config: VitConfig) -> ViT:
         return ViT(config)
 
 
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Drop rate of each block: linear from 0 at the first to `rate` at the last."""
+def drop_path_rates(rate: float, depth: int, rule: DropPathRule = "linear") -> list[float]:
+    """Drop rate of each block: linear from 0 at the first to `rate` at the last, or `rate` in all of them."""
+    if rule == "uniform":
+        return [rate] * depth
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 

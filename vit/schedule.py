@@ -12,12 +12,14 @@ def learning_rate(
     warmup_steps: int,
     total_steps: int,
     decay: Literal["linear", "cosine", "constant"],
+    min_lr: float = 0.0,
 ) -> float:
     """The learning rate of update `step`, counted from 0: linear from exactly 0 to `base_lr` over `warmup_steps`,
-    then by `decay` towards 0 at `total_steps`.
+    then by `decay` towards `min_lr` at `total_steps`.
 
     With a warm-up, update 0 has rate 0 and changes no weight; the last update, `total_steps - 1`, is one step short
-    of 0. google-research/big_vision `utils.py`, `create_learning_rate_schedule`, has the same convention.
+    of `min_lr`. facebookresearch/mae `util/lr_sched.py` has the same formula, google-research/big_vision `utils.py`,
+    `create_learning_rate_schedule`, the same convention.
 
     Raises:
         ValueError: a negative step or warm-up, more warm-up than steps, or an unknown decay.
@@ -30,7 +32,7 @@ def learning_rate(
     if decay == "constant":
         return base_lr
     if decay == "linear":
-        return base_lr * (1.0 - progress)
+        return min_lr + (base_lr - min_lr) * (1.0 - progress)
     if decay == "cosine":
-        return base_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return min_lr + (base_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"unknown decay {decay!r}: expected linear, cosine or constant")

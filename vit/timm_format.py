@@ -7,6 +7,7 @@ those are. An exported folder opens with `timm.create_model("local-dir:<folder>"
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ from vit.safetensors_file import write_safetensors
 from vit.state import check_weights, expected_shapes
 
 _FOREIGN_PARTS = {
-    "fc_norm.": "a norm after pooling (fc_norm)",
     "norm_pre.": "a norm before the blocks (pre_norm)",
     "attn_pool.": "attention pooling",
     "reg_token": "register tokens",
     "q_norm.": "query-key norm",
     "k_norm.": "query-key norm",
-    "ls1.": "LayerScale",
-    "ls2.": "LayerScale",
     "head_dist.": "a distillation head",
 }
+_LAYER_SCALE = {"ls1.": "LayerScale", "ls2.": "LayerScale"}
+_POOLED_NORM = {"fc_norm.": "a norm after pooling (fc_norm)"}
+_DEIT_GAMMA = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")
 
 
 def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
@@ -45,30 +46,40 @@ def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]
 
 
 def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
-    """Our state dict of a timm state dict. A class token without a position of its own (`no_embed_class`) gets a zero
-    one, which is the same function.
+    """Our state dict of a timm state dict; LayerScale may have DeiT-III's names. A class token without a position of
+    its own (`no_embed_class`) gets a zero one, which is the same function.
 
     Raises:
         ValueError: timm's model has parts ours has not, or its weights are not those of `config`.
     """
     _refuse_mlp_head(config)
+    state = timm_names(state)
+    foreign = dict(_FOREIGN_PARTS)
+    if config.layer_scale is None:
+        foreign |= _LAYER_SCALE
+    if config.pool != "patch_mean":
+        foreign |= _POOLED_NORM
     for name in state:
-        for part, meaning in _FOREIGN_PARTS.items():
+        for part, meaning in foreign.items():
             if name.startswith(part) or f".{part}" in name:
                 raise ValueError(f"timm's model has {meaning} ({name}), which this model has not")
     names = {_theirs(name, config): name for name in expected_shapes(config)}
     ours = {names.get(name, name): tensor for name, tensor in state.items()}
     rows, columns = config.grid
     positions = ours.get("pos_embed")
-    if config.pool == "cls" and positions is not None and positions.shape[1] == rows * columns:
+    if config.has_cls_token and positions is not None and positions.shape[1] == rows * columns:
         ours["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     check_weights(ours, config)
     return ours
 
 
+def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, with timm's names for LayerScale where facebookresearch/deit has its own (`gamma_1`)."""
+    return {_DEIT_GAMMA.sub(r"\1.ls\2.gamma", name): tensor for name, tensor in state.items()}
+
+
 def timm_arguments(config: VitConfig) -> dict[str, Any]:
     """Keyword arguments of `timm.models.vision_transformer.VisionTransformer` for the same function; all JSON."""
-    is_cls = config.pool == "cls"
     return {
         "img_size": list(config.image_size),
         "patch_size": config.patch_size,
@@ -78,9 +89,10 @@ def timm_arguments(config: VitConfig) -> dict[str, Any]:
         "depth": config.depth,
         "num_heads": config.num_heads,
         "mlp_ratio": _mlp_ratio(config),
-        "global_pool": "token" if is_cls else "avg",
-        "class_token": is_cls,
-        "fc_norm": False,
+        "global_pool": "token" if config.pool == "cls" else "avg",
+        "class_token": config.has_cls_token,
+        "fc_norm": config.pool == "patch_mean",
+        "init_values": config.layer_scale,
         "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",
     }
 

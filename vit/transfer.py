@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from configs.model import VitConfig
+from configs.model import POOL_CHANGES, VitConfig
 from vit.pos_embed import resize_pos_embed, sincos2d
 from vit.state import check_weights
 
@@ -18,27 +18,36 @@ BODY_FIELDS = (
     "num_heads",
     "mlp_dim",
     "in_channels",
-    "pool",
     "gelu",
     "pos_embed",
 )
-"""What source and target must share; image size, classes, head and dropout may differ."""
+"""What source and target must share, beside pooling and LayerScale; image size, classes, head and dropout may
+differ."""
 HEAD_FIELDS = ("num_classes", "head")
 HEAD_PREFIXES = ("pre_logits.", "head.")
 
 
-def transfer_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+def transfer_weights(
+    state: Mapping[str, Tensor], source: VitConfig, target: VitConfig, keep_head: bool = False
+) -> dict[str, Tensor]:
     """Everything but the head, for a model of another resolution and other classes: `pre_logits` and `head` are
-    dropped whole (paper, D.3) and the positions resized by `target.pos_resize`.
+    dropped whole (paper, D.3) and the positions resized by `target.pos_resize`. From `pool: cls` to `patch_mean` the
+    final norm is dropped too, for the new one after the mean (facebookresearch/mae `models_vit.py`).
 
-    Fine-tuning starts from `vit.build(target).state_dict() | transfer_weights(...)`, whose head is zero.
+    Fine-tuning starts from `vit.build(target).state_dict() | transfer_weights(...)`, whose head is zero, or with
+    `keep_head` the source's.
 
     Raises:
-        ValueError: `state` is not a complete model of `source`, or the two bodies differ.
+        ValueError: `state` is not a complete model of `source`, or the two bodies (with `keep_head` the heads too)
+            differ.
     """
-    _check_same("transfer", BODY_FIELDS, source, target)
+    _check_same("transfer", BODY_FIELDS + HEAD_FIELDS if keep_head else BODY_FIELDS, source, target)
+    pools_differ = source.pool != target.pool
+    if pools_differ and (source.pool, target.pool) not in POOL_CHANGES:
+        _check_same("transfer", ("pool",), source, target)
     check_weights(state, source)
-    body = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD_PREFIXES)}
+    dropped = (() if keep_head else HEAD_PREFIXES) + (("norm.",) if pools_differ else ())
+    body = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
     return body | {"pos_embed": _resized_positions(state, source, target)}
 
 
@@ -48,16 +57,15 @@ def resize_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitCo
     Raises:
         ValueError: `state` is not a complete model of `source`, or more than the image size differs.
     """
-    _check_same("resize", BODY_FIELDS + HEAD_FIELDS, source, target)
+    _check_same("resize", ("pool", *BODY_FIELDS, *HEAD_FIELDS), source, target)
     check_weights(state, source)
     return dict(state) | {"pos_embed": _resized_positions(state, source, target)}
 
 
 def _resized_positions(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> Tensor:
-    num_prefix = 1 if source.pool == "cls" else 0
     if target.pos_embed == "sincos2d" and source.grid != target.grid:
-        return sincos2d(target.grid, target.embed_dim, num_prefix)
-    return resize_pos_embed(state["pos_embed"], source.grid, target.grid, num_prefix, target.pos_resize)
+        return sincos2d(target.grid, target.embed_dim, target.num_prefix)
+    return resize_pos_embed(state["pos_embed"], source.grid, target.grid, source.num_prefix, target.pos_resize)
 
 
 def _check_same(action: str, fields: tuple[str, ...], source: VitConfig, target: VitConfig) -> None:
@@ -67,3 +75,9 @@ def _check_same(action: str, fields: tuple[str, ...], source: VitConfig, target:
             raise ValueError(
                 f"cannot {action} weights: {field} is {have!r} in the checkpoint and {want!r} in the model"
             )
+    # Where the factors started is of no account: they are in the checkpoint.
+    if (source.layer_scale is None) != (target.layer_scale is None):
+        raise ValueError(
+            f"cannot {action} weights: layer_scale is {source.layer_scale!r} in the checkpoint and "
+            f"{target.layer_scale!r} in the model"
+        )

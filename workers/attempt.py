@@ -168,14 +168,14 @@ def _build(
         # Rank 0 alone reads the weights: the engine sends its model to all others.
         source = _source(attempt)
         state, manifest = read_weights(store, source.prefix, spec.weights)
-        model.load_state_dict(model.state_dict() | _transferred(state, manifest.model, config))
+        model.load_state_dict(model.state_dict() | _transferred(state, manifest.model, config, spec.keep_head))
     model.set_activation_checkpointing(spec.train.activation_checkpointing)
     return build_engine(model, spec, ranks, micro_batch_size)
 
 
-def _transferred(state: dict[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+def _transferred(state: dict[str, Tensor], source: VitConfig, target: VitConfig, keep_head: bool) -> dict[str, Tensor]:
     try:
-        return transfer_weights(state, source, target)
+        return transfer_weights(state, source, target, keep_head)
     except ValueError as error:
         raise JobError(f"model: {error}") from error
 

@@ -62,7 +62,7 @@ def train(
     `loader` begins at `start.step`. Every rank calls this with the same job and start, and leaves after the same step.
     The step is at a boundary the number of global batches consumed; a skipped one consumed its batch too.
     """
-    data, options, total_steps = spec.data, spec.train, spec.schedule.total_steps
+    data, options, schedule, total_steps = spec.data, spec.train, spec.schedule, spec.schedule.total_steps
     image_hw, num_classes = spec.model.image_hw, spec.model.num_classes
     assert total_steps is not None, "epochs and examples are steps in a resolved job"
     assert num_classes is not None, "classes are those of the data in a resolved job"
@@ -107,7 +107,7 @@ def train(
         # One step.
         started, waited_before = time.perf_counter(), loader.wait_s
         lr = learning_rate(
-            progress.step, spec.optim.lr, spec.schedule.warmup_steps or 0, total_steps, spec.schedule.decay
+            progress.step, spec.optim.lr, schedule.warmup_steps or 0, total_steps, schedule.decay, schedule.min_lr
         )
         micro_batches = next(loader)
         mixing = None if data.mix is None else draw_mixing(data.mix, image_hw, options.seed, progress.step)

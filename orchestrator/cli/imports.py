@@ -168,9 +168,10 @@ def print_checkpoint(found: CheckpointPublic) -> None:
     if not found.available:
         out.print("  [red]not available[/]")
     stem = "" if model.stem is None else f", stem {list(model.stem.layers)} x {model.stem.width}"
+    scale = "" if model.layer_scale is None else ", LayerScale"
     out.print(
         f"  model       patch {model.patch_size}, width {model.embed_dim}, depth {model.depth}, heads "
-        f"{model.num_heads}, MLP {model.mlp_dim}, {model.pool}, GELU {model.gelu}, {model.head} head{stem}"
+        f"{model.num_heads}, MLP {model.mlp_dim}, {model.pool}, GELU {model.gelu}, {model.head} head{scale}{stem}"
     )
     height, width = model.image_size
     out.print(f"  images      {height} x {width} x {model.in_channels}, {model.num_classes:,} classes")

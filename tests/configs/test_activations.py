@@ -57,6 +57,8 @@ def modelled_bytes(config: VitConfig, batch: int, precision: Precision) -> int:
         {},
         {"head": "mlp"},
         {"pool": "gap"},
+        {"pool": "patch_mean"},
+        {"layer_scale": 1e-4},
         {"gelu": "exact"},
         {"num_heads": 6},
         {"patch_size": 1, "stem": {"layers": (2, 1, 1), "width": 32}},

@@ -102,13 +102,30 @@ def test_exaflops_of_table_6(variant: str, epochs: int, exaflops: float, toleran
     assert train_flops_per_image(vit(variant)) * 303e6 * epochs / 1e18 == pytest.approx(exaflops, rel=tolerance)
 
 
+def test_layer_scale_adds_two_factors_per_channel_and_block() -> None:
+    plain, scaled = vit("B/16"), vit("B/16", layer_scale=1e-4)
+    assert num_parameters(scaled) - num_parameters(plain) == 12 * 2 * 768
+    assert macs_per_image(scaled) == macs_per_image(plain)
+    assert num_parameters(vit("B/16", pool="patch_mean")) == num_parameters(plain)
+
+
 def test_gap_has_no_class_token() -> None:
     cls, gap = vit("B/16"), vit("B/16", pool="gap")
     assert (cls.num_tokens, gap.num_tokens) == (197, 196)
     assert num_parameters(cls) - num_parameters(gap) == 2 * 768
 
 
-@pytest.mark.parametrize("fields", [{}, {"pool": "gap"}, {"head": "mlp"}, {"image_size": (32, 64), "in_channels": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pool": "gap"},
+        {"pool": "patch_mean"},
+        {"head": "mlp"},
+        {"layer_scale": 1e-4},
+        {"image_size": (32, 64), "in_channels": 1},
+    ],
+)
 @pytest.mark.parametrize("variant", ["Ti/16", "R26+S/32", "R+Ti/16"])
 def test_parameters_are_those_of_the_built_model(variant: str, fields: dict[str, Any]) -> None:
     from vit.model import empty

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from configs.load import SpecError
-from configs.resolve import canonical_json, load_resolved, resolve
+from configs.resolve import canonical_json, load_resolved, resolve, training_fingerprint
 from tests.configs.specs import CARD, FINETUNE, PRETRAIN, job, source
 
 # The canonical JSON of a job resolved before recipes had fields of their own.
@@ -51,6 +51,13 @@ def test_an_old_job_loads_and_is_the_job_of_today() -> None:
         ({"data__mix": {"mixup": 0.2, "cutmix_share": 0.3}}, "cutmix_share applies where both"),
         ({"data__mix": {"mixup": 0.2}, "train__micro_batch_size": 1}, "micro_batch_size 1 must be even"),
         ({"data__mix": {"mixup": 0.2}, "train__global_batch_size": 62}, "each of 2 workers an odd number"),
+        ({"schedule__decay": "constant", "schedule__min_lr": 1e-5}, "min_lr 1e-05 does not apply to decay: constant"),
+        ({"schedule__min_lr": 1e-2}, r"schedule.min_lr 0.01 is above optim.lr 0.001"),
+        ({"schedule__min_lr": -1e-6}, "min_lr"),
+        ({"data__augment": {"crop": "simple", "crop_area": [0.1, 1.0]}}, "crop_area applies to crop: inception only"),
+        ({"model__layer_scale": 0.0}, "layer_scale"),
+        ({"model__pool": "mean"}, "pool"),
+        ({"model__drop_path_rule": "constant"}, "drop_path_rule"),
         ({"model__pos_embed": "sincos2d", "model__embed_dim": 30}, "multiple of 4"),
     ],
 )
@@ -79,3 +86,54 @@ def test_a_finetune_takes_over_the_kind_of_positions() -> None:
     assert resolved.model.pos_embed == "sincos2d"
     with pytest.raises(SpecError, match="pos_embed 'learned' contradicts checkpoint ckpt_x"):
         resolve(job(FINETUNE, model__pos_embed="learned"), CARD, origin)
+
+
+def test_a_finetune_may_read_the_mean_of_the_patches() -> None:
+    resolved = resolve(job(FINETUNE, model__pool="patch_mean"), CARD, source())
+    assert resolved.model.pool == "patch_mean"
+    assert resolve(job(FINETUNE), CARD, source(pool="patch_mean")).model.pool == "patch_mean"
+    with pytest.raises(SpecError, match="pool 'patch_mean' contradicts checkpoint ckpt_x"):
+        resolve(job(FINETUNE, model__pool="patch_mean"), CARD, source(pool="gap"))
+    with pytest.raises(SpecError, match="pool 'cls' contradicts checkpoint ckpt_x"):
+        resolve(job(FINETUNE, model__pool="cls"), CARD, source(pool="patch_mean"))
+
+
+def test_layer_scale_is_the_checkpoints() -> None:
+    origin = source(layer_scale=1e-6)
+    assert resolve(job(FINETUNE), CARD, origin).model.layer_scale == 1e-6
+    assert resolve(job(FINETUNE, model__layer_scale=1e-4), CARD, origin).model.layer_scale == 1e-6
+    with pytest.raises(
+        SpecError, match=r"layer_scale 0\.0001 contradicts checkpoint ckpt_x, whose layer_scale is None"
+    ):
+        resolve(job(FINETUNE, model__layer_scale=1e-4), CARD, source())
+
+
+def test_a_kept_head_needs_the_same_classes_and_kind() -> None:
+    kept = job(FINETUNE, keep_head=True)
+    assert resolve(kept, CARD, source(head="mlp")).model.head == "mlp"
+    assert resolve(job(FINETUNE), CARD, source(head="mlp")).model.head == "linear"
+    with pytest.raises(SpecError, match="keep_head: checkpoint ckpt_x tells 7 classes apart, data set pictures has 5"):
+        resolve(kept, CARD, source(num_classes=7))
+    with pytest.raises(SpecError, match="head 'linear' contradicts checkpoint"):
+        resolve(job(FINETUNE, keep_head=True, model__head="linear"), CARD, source(head="mlp"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model__layer_scale": 1e-4},
+        {"model__pool": "patch_mean"},
+        {"model__drop_path_rule": "uniform"},
+        {"schedule__min_lr": 1e-5},
+        {"data__augment": {"crop": "simple"}},
+    ],
+)
+def test_what_changes_training_is_in_its_fingerprint(change: dict[str, Any]) -> None:
+    plain, changed = (resolve(job(PRETRAIN, **fields), CARD, None) for fields in ({}, change))
+    assert training_fingerprint(plain, "x") != training_fingerprint(changed, "x")
+    assert load_resolved(canonical_json(changed)) == changed
+
+
+def test_whether_the_head_is_kept_is_in_the_fingerprint() -> None:
+    plain, kept = (resolve(job(FINETUNE, keep_head=keep), CARD, source()) for keep in (False, True))
+    assert training_fingerprint(plain, "x") != training_fingerprint(kept, "x")

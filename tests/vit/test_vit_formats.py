@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from vit import build
 from vit.formats import Imported, read_weights, write_official
 from vit.formats.npz import write_npz
 from vit.formats.official import to_official
+from vit.transfer import transfer_weights
 
 HEADS = ImportModel(num_heads=2)
 
@@ -45,17 +47,64 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # -- timm --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
-    [{}, {"no_embed_class": True}, {"global_pool": "avg", "class_token": False, "fc_norm": False}],
-    ids=["class token", "no_embed_class", "gap"],
+    [
+        {},
+        {"no_embed_class": True},
+        {"global_pool": "avg", "class_token": False, "fc_norm": False},
+        {"global_pool": "avg", "class_token": True, "fc_norm": True},
+        {"init_values": 1e-6, "no_embed_class": True},
+    ],
+    ids=["class token", "no_embed_class", "gap", "patch_mean", "layer_scale"],
 )
 def test_timm_file_gives_timms_logits(tmp_path: Path, options: dict[str, object]) -> None:
     theirs = randomize(timm.create_model("vit_tiny_patch16_224", img_size=48, depth=3, num_classes=11, **options))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     found = read_weights(tmp_path / "model.safetensors")
     assert (found.format, found.config.num_heads, found.config.image_size) == ("timm", 3, (48, 48))
+    assert (found.config.layer_scale is None) == ("init_values" not in options)
+    assert (found.config.pool == "patch_mean") == bool(options.get("fc_norm"))
     images = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
+
+
+def test_deit3s_file_is_read(tmp_path: Path) -> None:
+    """facebookresearch/deit `models_v2.py`: LayerScale is gamma_1 and gamma_2, the class token has no position."""
+    theirs = randomize(
+        timm.create_model(
+            "vit_tiny_patch16_224", img_size=48, depth=3, num_classes=11, init_values=1e-4, no_embed_class=True
+        )
+    )
+    deit = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): tensor for name, tensor in theirs.state_dict().items()}
+    assert {"blocks.0.gamma_1", "blocks.2.gamma_2"} < deit.keys()
+    save_file(deit, tmp_path / "deit.safetensors")
+    found = read_weights(tmp_path / "deit.safetensors")
+    assert (found.format, found.config.layer_scale, found.config.pool) == ("timm", 1e-4, "cls")
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
+
+
+def test_maes_encoder_is_fine_tuned_by_the_mean_of_its_patches(tmp_path: Path) -> None:
+    """An encoder without a classifier, imported, and given MAE's head: timm's model of the same weights agrees."""
+    options = {"img_size": 48, "depth": 3, "num_classes": 11}
+    encoder = randomize(timm.create_model("vit_tiny_patch16_224", **options)).state_dict()
+    body = {name: tensor for name, tensor in encoder.items() if not name.startswith("head.")}
+    save_file(body, tmp_path / "mae.safetensors")
+    found = read_weights(tmp_path / "mae.safetensors", ImportModel(num_classes=1000))
+    target = found.config.model_copy(update={"pool": "patch_mean", "num_classes": 11})
+    state = build(target).state_dict() | transfer_weights(found.state, found.config, target)
+    state["head.weight"] = torch.randn(11, 192)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", global_pool="avg", class_token=True, fc_norm=True, **options
+    ).eval()
+    missing, unexpected = theirs.load_state_dict(body, strict=False)
+    assert set(missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert set(unexpected) == {"norm.weight", "norm.bias"}
+    theirs.head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(Imported(state, target, "timm"), images), theirs(images), rtol=0, atol=2e-5)
 
 
 def test_a_width_nobody_published_needs_its_heads(tmp_path: Path, make_model) -> None:
@@ -155,6 +204,14 @@ def test_big_vision_spells_the_same_model_differently(tmp_path: Path, make_model
         assert equal(read_weights(tmp_path / "scanned.npz").state, state)
 
 
+@pytest.mark.parametrize(("field", "value"), [("pool", "patch_mean"), ("layer_scale", 1e-4)])
+def test_an_official_file_is_no_model_of_ours_alone(tmp_path: Path, make_model, field: str, value: object) -> None:
+    model = make_model()
+    write_npz(to_official(model.state_dict(), model.config), tmp_path / "model.npz")
+    with pytest.raises(ValueError, match=rf"model\.{field}"):
+        read_weights(tmp_path / "model.npz", config=model.config.model_copy(update={field: value}))
+
+
 def test_bfloat16_as_jax_saves_it(tmp_path: Path, make_model) -> None:
     model = make_model()
     arrays = {}
@@ -165,9 +222,17 @@ def test_bfloat16_as_jax_saves_it(tmp_path: Path, make_model) -> None:
     assert equal(found, {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
 
 
-def test_what_the_official_code_cannot_express_is_refused(make_model) -> None:
-    model = make_model(gelu="exact")
-    with pytest.raises(ValueError, match=r"model\.gelu exact"):
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"gelu": "exact"}, r"model\.gelu exact"),
+        ({"pool": "patch_mean"}, r"model\.pool patch_mean: .* only cls and gap"),
+        ({"layer_scale": 1e-4}, r"model\.layer_scale 0\.0001: .* only null"),
+    ],
+)
+def test_what_the_official_code_cannot_express_is_refused(make_model, fields: dict[str, object], said: str) -> None:
+    model = make_model(**fields)
+    with pytest.raises(ValueError, match=said):
         to_official(model.state_dict(), model.config)
 
 

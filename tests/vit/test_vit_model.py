@@ -63,18 +63,24 @@ def reference_logits(model: ViT, images: Tensor) -> Tensor:
     patches = images.double().reshape(len(images), config.in_channels, rows, size, columns, size)
     x = torch.einsum("bcrhsw,dchw->brsd", patches, w["patch_embed.proj.weight"]) + w["patch_embed.proj.bias"]
     x = x.flatten(1, 2)
-    if config.pool == "cls":
+    if config.pool != "gap":
         x = torch.cat([w["cls_token"].repeat(len(images), 1, 1), x], dim=1)
     x = x + w["pos_embed"]
     for i in range(config.depth):
+        scaled = config.layer_scale is not None
+        first, second = (w[f"blocks.{i}.ls{n}.gamma"] if scaled else 1.0 for n in (1, 2))
         q, k, v = dense(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").split(dim, dim=-1)
         q, k, v = (t.unflatten(-1, (heads, dim // heads)) for t in (q, k, v))
         attention = torch.einsum("bqhk,bnhk->bhqn", q, k).div(math.sqrt(dim // heads)).softmax(-1)
-        x = x + dense(torch.einsum("bhqn,bnhk->bqhk", attention, v).flatten(2), f"blocks.{i}.attn.proj")
+        attended = torch.einsum("bhqn,bnhk->bqhk", attention, v).flatten(2)
+        x = x + first * dense(attended, f"blocks.{i}.attn.proj")
         hidden = gelu(dense(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-        x = x + dense(hidden, f"blocks.{i}.mlp.fc2")
-    x = norm(x, "norm")
-    x = x[:, 0] if config.pool == "cls" else x.mean(1)
+        x = x + second * dense(hidden, f"blocks.{i}.mlp.fc2")
+    if config.pool == "patch_mean":
+        x = norm(x[:, 1:].mean(1), "fc_norm")
+    else:
+        x = norm(x, "norm")
+        x = x[:, 0] if config.pool == "cls" else x.mean(1)
     if config.head == "mlp":
         x = torch.tanh(dense(x, "pre_logits"))
     return dense(x, "head")
@@ -89,6 +95,9 @@ def reference_logits(model: ViT, images: Tensor) -> Tensor:
         {"gelu": "exact"},
         {"image_size": (8, 20), "in_channels": 1},
         {"pool": "gap", "head": "mlp", "image_size": (20, 8), "num_heads": 4},
+        {"layer_scale": 1e-4},
+        {"pool": "patch_mean"},
+        {"pool": "patch_mean", "head": "mlp", "layer_scale": 0.1, "image_size": (20, 8)},
     ],
 )
 def test_logits_equal_the_papers_equations(make_model, fields: dict[str, object]) -> None:
@@ -119,6 +128,17 @@ def test_parameter_names_are_the_contract(make_config) -> None:
     layers = ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.0.norm1"]
     layers += ["blocks.0.norm2", "patch_embed.proj", "norm", "pre_logits", "head"]
     assert names == {"cls_token", "pos_embed"} | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def test_layer_scale_and_the_pooled_norm_have_names_of_their_own(make_config) -> None:
+    plain = set(empty(make_config(depth=1)).state_dict())
+    assert set(empty(make_config(depth=1, layer_scale=1e-4)).state_dict()) - plain == {
+        "blocks.0.ls1.gamma",
+        "blocks.0.ls2.gamma",
+    }
+    pooled = set(empty(make_config(depth=1, pool="patch_mean")).state_dict())
+    assert pooled - plain == {"fc_norm.weight", "fc_norm.bias"}
+    assert plain - pooled == {"norm.weight", "norm.bias"}
 
 
 # -- initialisation ----------------------------------------------------------------------------------------------------
@@ -170,6 +190,15 @@ def test_positions_biases_norms_token_and_head(fresh: ViT) -> None:
     assert not fresh(torch.randn(2, 3, 64, 64)).any()
 
 
+def test_layer_scale_starts_where_the_configuration_says(make_config) -> None:
+    model = build(make_config(layer_scale=1e-4, pool="patch_mean"))
+    for block in model.blocks:
+        assert (block.ls1.gamma == 1e-4).all()
+        assert (block.ls2.gamma == 1e-4).all()
+    assert (model.fc_norm.weight == 1).all()
+    assert not model.fc_norm.bias.any()
+
+
 def test_weights_are_a_function_of_the_seed_alone(make_config) -> None:
     torch.manual_seed(1)
     first = build(make_config(), seed=5).state_dict()
@@ -213,6 +242,11 @@ def test_drop_path_grows_linearly_to_the_rate(make_config) -> None:
     assert drop_path_rates(0.3, 1) == [0.0]
     blocks = empty(make_config(drop_path=0.2)).blocks
     assert [block.drop_path.rate for block in blocks] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_drop_path_may_be_the_same_in_every_block(make_config) -> None:
+    blocks = empty(make_config(drop_path=0.2, drop_path_rule="uniform")).blocks
+    assert [block.drop_path.rate for block in blocks] == [0.2, 0.2, 0.2]
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:

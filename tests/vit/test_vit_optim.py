@@ -81,6 +81,23 @@ def test_sgd_is_heavy_ball_momentum() -> None:
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
+def test_the_floor_of_the_decay_is_maes() -> None:
+    """facebookresearch/mae `util/lr_sched.py`, with a step's share of an epoch for its fractional epoch."""
+    lr, min_lr, warmup, epochs, per_epoch = 4e-3, 1e-6, 5, 50, 20
+
+    def mae(epoch: float) -> float:
+        if epoch < warmup:
+            return lr * epoch / warmup
+        return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+    for step in range(epochs * per_epoch):
+        found = learning_rate(step, lr, warmup * per_epoch, epochs * per_epoch, "cosine", min_lr)
+        assert found == pytest.approx(mae(step / per_epoch), rel=1e-12, abs=1e-18)
+    assert learning_rate(1000, lr, 100, 1000, "cosine", min_lr) == min_lr
+    assert learning_rate(550, lr, 100, 1000, "linear", min_lr) == pytest.approx((lr + min_lr) / 2)
+    assert learning_rate(1000, lr, 100, 1000, "linear", min_lr) == min_lr
+
+
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_learning_rate_is_the_closed_form_at_every_step(decay, warmup_steps: int) -> None:
@@ -138,6 +155,17 @@ def test_the_learning_rate_of_a_group_is_scaled(make_model) -> None:
     plain = build_optimizer(model, Optim())
     set_learning_rate(plain, 0.8)
     assert [group["lr"] for group in plain.param_groups] == [0.8, 0.8]
+
+
+def test_layer_scale_and_the_pooled_norm_do_not_decay(make_model) -> None:
+    model = make_model(depth=2, layer_scale=1e-4, pool="patch_mean")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups(model, 0.05, layer_decay=0.5)
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    assert found["blocks.0.ls1.gamma"] == found["blocks.0.ls2.gamma"] == (0.25, 0.0)
+    assert found["blocks.1.ls1.gamma"] == (0.5, 0.0)
+    assert found["fc_norm.weight"] == found["fc_norm.bias"] == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from vit.timm_format import from_timm, save_timm, timm_arguments, to_timm
 
 def timm_model(config: VitConfig, **more: object) -> VisionTransformer:
     """Written out here, so that a mistake of `timm_arguments` cannot hide itself."""
-    is_cls = config.pool == "cls"
     arguments = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -27,9 +26,10 @@ def timm_model(config: VitConfig, **more: object) -> VisionTransformer:
         "depth": config.depth,
         "num_heads": config.num_heads,
         "mlp_ratio": config.mlp_dim / config.embed_dim,
-        "global_pool": "token" if is_cls else "avg",
-        "class_token": is_cls,
-        "fc_norm": False,
+        "global_pool": {"cls": "token", "gap": "avg", "patch_mean": "avg"}[config.pool],
+        "class_token": config.pool != "gap",
+        "fc_norm": config.pool == "patch_mean",
+        "init_values": config.layer_scale,
         "act_layer": partial(nn.GELU, approximate="tanh") if config.gelu == "tanh" else nn.GELU,
     }
     return VisionTransformer(**(arguments | more)).eval()
@@ -49,6 +49,10 @@ CASES = [
     {"pool": "gap"},
     {"pool": "gap", "gelu": "exact", "image_size": (12, 24)},
     {"image_size": (24, 8), "in_channels": 1, "num_heads": 4},
+    {"layer_scale": 1e-4},
+    {"layer_scale": 0.1, "pool": "gap"},
+    {"pool": "patch_mean", "gelu": "exact"},
+    {"pool": "patch_mean", "layer_scale": 1e-6, "image_size": (8, 24)},
 ]
 
 
@@ -74,6 +78,46 @@ def test_logits_equal_timms_at_full_width() -> None:
     ours = build(config).eval()
     ours.load_state_dict(from_timm(theirs.state_dict(), config))
     assert_same_logits(ours, theirs)
+
+
+def test_mean_of_the_patches_is_timms_entry_point() -> None:
+    """As MAE fine-tuning makes it: vit_base_patch16_224 with these three arguments, narrower here."""
+    config = VitConfig(
+        patch_size=16,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        mlp_dim=96,
+        image_size=(48, 48),
+        num_classes=9,
+        pool="patch_mean",
+        gelu="exact",
+    )
+    sizes = {"img_size": 48, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 9}
+    theirs = timm.create_model(
+        "vit_base_patch16_224", global_pool="avg", class_token=True, fc_norm=True, **sizes
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    ours = build(config).eval()
+    ours.load_state_dict(from_timm(theirs.state_dict(), config))
+    assert_same_logits(ours, theirs)
+    state = to_timm(ours.state_dict(), config)
+    assert state.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_deits_names_of_layer_scale_are_read(make_model) -> None:
+    ours = make_model(layer_scale=1e-4)
+    deit = {
+        name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): tensor
+        for name, tensor in ours.state_dict().items()
+    }
+    assert "blocks.0.gamma_1" in deit
+    back = from_timm(deit, ours.config)
+    assert back.keys() == ours.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in ours.state_dict().items())
 
 
 def test_class_token_without_position_is_the_same_function(make_config) -> None:

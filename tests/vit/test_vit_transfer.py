@@ -65,12 +65,50 @@ def test_evaluation_at_another_size_keeps_the_head(make_model, make_config) -> N
         ("pool", "gap"),
         ("in_channels", 1),
         ("gelu", "exact"),
+        ("layer_scale", 1e-4),
     ],
 )
 def test_another_body_is_refused_by_field(make_model, make_config, field: str, value: object) -> None:
     source = make_model()
     with pytest.raises(ValueError, match=f"cannot transfer weights: {field} is .* in the checkpoint and {value!r}"):
         transfer_weights(source.state_dict(), source.config, make_config(**{field: value}))
+
+
+def test_the_mean_of_the_patches_gets_a_norm_of_its_own(make_model, make_config) -> None:
+    """facebookresearch/mae: of the pre-trained encoder all but `norm` is taken; `fc_norm` and the head are new."""
+    source = make_model(layer_scale=1e-4)
+    target = make_config(pool="patch_mean", layer_scale=1e-6, num_classes=4)
+    moved = transfer_weights(source.state_dict(), source.config, target)
+    model = build(target).eval()
+    missing, unexpected = model.load_state_dict(moved, strict=False)
+    assert (set(missing), unexpected) == ({"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}, [])
+    images = torch.randn(2, 3, 16, 16)
+    source.norm = torch.nn.Identity()
+    torch.testing.assert_close(model.forward_features(images), source.forward_features(images))
+    assert (model.fc_norm.weight == 1).all()
+    assert torch.equal(moved["blocks.0.ls1.gamma"], source.blocks[0].ls1.gamma)
+
+
+def test_a_model_that_reads_the_mean_keeps_its_norm(make_model, make_config) -> None:
+    source = make_model(pool="patch_mean")
+    moved = transfer_weights(source.state_dict(), source.config, make_config(pool="patch_mean", num_classes=4))
+    assert torch.equal(moved["fc_norm.weight"], source.fc_norm.weight)
+    for pool in ("cls", "gap"):
+        with pytest.raises(ValueError, match=f"pool is 'patch_mean' in the checkpoint and '{pool}' in the model"):
+            transfer_weights(source.state_dict(), source.config, make_config(pool=pool))
+    with pytest.raises(ValueError, match="cannot resize weights: pool is 'cls'"):
+        resize_weights(make_model().state_dict(), make_config(), make_config(pool="patch_mean"))
+
+
+def test_the_head_may_be_kept(make_model, make_config) -> None:
+    source = make_model()
+    target = make_config(image_size=(24, 24))
+    moved = transfer_weights(source.state_dict(), source.config, target, keep_head=True)
+    build(target).load_state_dict(moved)
+    assert torch.equal(moved["head.weight"], source.head.weight)
+    for field, value in (("num_classes", 4), ("head", "mlp")):
+        with pytest.raises(ValueError, match=f"cannot transfer weights: {field} is"):
+            transfer_weights(source.state_dict(), source.config, make_config(**{field: value}), keep_head=True)
 
 
 def test_incomplete_source_is_refused(make_model) -> None:

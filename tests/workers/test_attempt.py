@@ -115,6 +115,29 @@ def test_a_resumed_finetune_reads_its_own_checkpoint(finetuned: tuple[Any, dict[
     assert results[9][0].losses == results[3][0].losses[2:]
 
 
+def test_a_head_may_be_kept_and_a_norm_replaced(store: DirStore) -> None:
+    """For the checkpoint's classes its head goes on; as MAE fine-tunes, there is a new norm after the mean."""
+    same = FINETUNE | {"data": SOURCE_DATA}
+    jobs = {
+        "kept": job_of(store, "finetune", **same, keep_head=True),
+        "mean": job_of(store, "finetune", **(same | {"model": FINETUNE["model"] | {"pool": "patch_mean"}})),
+    }
+    attempts = [make_attempt(spec, 1, 20 + i, OTHER_JOB, init_from=SOURCE) for i, spec in enumerate(jobs.values())]
+    results = run_ranks(1, run_attempts, [Run(attempt) for attempt in attempts], str(store.root))[0]
+    weights, source = read_weights(store, SOURCE.prefix)
+    started = {name: read_weights(store, saved_at(1, 20 + i, OTHER_JOB).prefix)[0] for i, name in enumerate(jobs)}
+    assert [result.outcome.reason for result in results] == [ExitReason.COMPLETED] * 2
+    assert results[0].losses[0] != pytest.approx(math.log(6), abs=1e-3)
+    assert results[1].losses[0] == pytest.approx(math.log(6), abs=1e-6)
+    for name in ("head.weight", "head.bias", "norm.weight"):
+        assert torch.equal(started["kept"][name], weights[name])
+    assert started["kept"].keys() == weights.keys()
+    assert (started["mean"]["fc_norm.weight"] == 1).all()
+    assert started["mean"].keys() - weights.keys() == {"fc_norm.weight", "fc_norm.bias"}
+    assert weights.keys() - started["mean"].keys() == {"norm.weight", "norm.bias"}
+    assert source.model.pool == "cls"
+
+
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def evaluated(store: DirStore) -> dict[Any, Result]:

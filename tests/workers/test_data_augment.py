@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pad as torchvision_pad
 
 from configs.data import Augment
 from tests.workers.image_sets import data_config, random_images
 from workers.data.augment import ASPECT_RANGE, augment, augment_batch, crop_windows, eval_transform, resize
 
 AREA = (0.05, 1.0)
-CONFIGS = [Augment(crop=crop, flip=flip) for crop in ("inception", "resize") for flip in (True, False)]
+CONFIGS = [Augment(crop=crop, flip=flip) for crop in ("inception", "resize", "simple") for flip in (True, False)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.crop}-flip={config.flip}")
@@ -30,7 +31,7 @@ def test_one_by_one_and_together_are_the_same(config: Augment, channels: int, im
     assert together.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("config", CONFIGS[:1] + CONFIGS[2:3], ids=["inception", "resize"])
+@pytest.mark.parametrize("config", CONFIGS[::2], ids=["inception", "resize", "simple"])
 def test_views_do_not_depend_on_their_neighbours(config: Augment) -> None:
     images = torch.from_numpy(random_images(40, 1, 28, 28))
     epochs, indices = np.full(40, 2), np.arange(40)
@@ -141,6 +142,41 @@ def test_the_view_is_the_window_resized() -> None:
     top, left, h, w = crop_windows(np.array([60]), np.array([80]), AREA, 9, np.array([4]), np.array([2]))[0]
     view = augment(image, Augment(flip=False), (20, 30), 9, 4, 2)
     assert torch.equal(view, resize(image[:, top : top + h, left : left + w], (20, 30)))
+
+
+# -- the simple random crop --------------------------------------------------------------------------------------------
+def test_the_simple_crop_is_a_window_of_the_padded_image() -> None:
+    """The image's own resolution: nothing is resized, so each view is cut out of torchvision's reflection."""
+    images = torch.from_numpy(random_images(200, 3, 12, 20))
+    padded = torchvision_pad(images, [4, 4, 4, 4], padding_mode="reflect")
+    config = Augment(crop="simple", flip=False)
+    views = augment_batch(images, config, (12, 12), 3, np.full(200, 1), np.arange(200))
+    offsets = []
+    for view, whole in zip(views, padded, strict=True):
+        windows = whole.unfold(1, 12, 1).unfold(2, 12, 1)  # (C, 9, 17, 12, 12)
+        found = (windows == view[:, None, None]).all(dim=(0, 3, 4)).nonzero().tolist()
+        assert len(found) == 1
+        offsets.append(found[0])
+    top, left = np.array(offsets).T
+    assert set(top) == set(range(9))
+    assert set(left) == set(range(17))
+    assert abs(top.mean() - 4) < 0.8  # four standard deviations
+    assert abs(left.mean() - 8) < 1.5
+
+
+@pytest.mark.parametrize(("size", "resized"), [((60, 90), (24, 36)), ((90, 60), (36, 24)), ((6, 6), (24, 24))])
+def test_the_simple_crop_makes_the_shorter_side_the_models(size: tuple[int, int], resized: tuple[int, int]) -> None:
+    image = torch.from_numpy(random_images(1, 1, *size)[0])
+    view = augment(image, Augment(crop="simple", flip=False), (24, 24), 5, 2, 7)
+    padded = torchvision_pad(resize(image, resized), [4, 4, 4, 4], padding_mode="reflect")
+    windows = padded.unfold(1, 24, 1).unfold(2, 24, 1)
+    assert (windows == view[:, None, None]).all(dim=(0, 3, 4)).any()
+
+
+def test_the_simple_crop_covers_an_oblong_model() -> None:
+    image = torch.from_numpy(random_images(1, 3, 40, 40)[0])
+    assert augment(image, Augment(crop="simple"), (16, 30), 0, 0, 0).shape == (3, 16, 30)
+    assert augment(image[:, :1, :3], Augment(crop="simple"), (2, 2), 0, 0, 0).shape == (3, 2, 2)
 
 
 # -- resizing ----------------------------------------------------------------------------------------------------------

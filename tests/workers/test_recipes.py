@@ -44,6 +44,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "ema, head": {"train": {"ema_decay": 0.7}, "optim": {"name": "sgd", "lr": 0.5, "train": "head"}},
     "bce": {"train": {"loss": "bce"}, "optim": {"lr": 0.02}},
+    "layer scale, mean of patches": {
+        "model": {"layer_scale": 0.1, "pool": "patch_mean", "drop_path_rule": "uniform"},
+        "data": {"source": SOURCE, "augment": {"crop": "simple"}},
+        "optim": {"name": "adamw", "lr": 0.02, "weight_decay": 0.1, "layer_decay": 0.65},
+        "schedule": {"min_lr": 1e-3},
+    },
 }
 VARIANTS = [(name, stage) for name in RECIPES for stage in STAGES]
 

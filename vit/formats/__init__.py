@@ -31,7 +31,7 @@ from vit.formats.official import find_layout, from_official, to_official
 from vit.formats.official import infer_config as infer_official
 from vit.safetensors_file import read_safetensors
 from vit.state import check_weights
-from vit.timm_format import from_timm
+from vit.timm_format import from_timm, timm_names
 
 __all__ = ["Imported", "read_weights", "write_official"]
 
@@ -112,7 +112,7 @@ def _read_npz(path: Path, wanted: ImportModel, config: VitConfig | None) -> Impo
 def _read_safetensors(
     path: Path, wanted: ImportModel, config: VitConfig | None, format: WeightFormat | None
 ) -> Imported:
-    state = read_safetensors(path)
+    state = timm_names(read_safetensors(path))
     if config is not None and format in (None, "patchwork"):
         _check_size(config)
         check_weights(state, config)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from configs.imports import ImportModel
-from configs.model import VARIANTS, Gelu, StemConfig, VitConfig
+from configs.model import VARIANTS, Gelu, Pool, StemConfig, VitConfig
 from vit.formats.official import square_or
 
+UNKNOWN_LAYER_SCALE = 1e-4
+"""A file has the factors of LayerScale, not where they started: this is put down for it (DeiT-III's start)."""
 HEADS_BY_WIDTH = {embed_dim: heads for embed_dim, _, heads, _ in VARIANTS.values()}
 """The published sizes: a file of timm's or Transformers' does not say its number of heads."""
 
@@ -89,10 +91,17 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
             "in_channels": patch_channels if stem is None else _shape(state, _root(state), 4)[1],
             "num_classes": _shape(state, "head.weight", 2)[0] if "head.weight" in state else 1,
             "head": "mlp" if "pre_logits.weight" in state else "linear",
-            "pool": "cls" if is_cls else "gap",
+            "pool": _pool(state),
+            "layer_scale": UNKNOWN_LAYER_SCALE if "blocks.0.ls1.gamma" in state else None,
             "gelu": wanted.gelu or gelu,
         }
     )
+
+
+def _pool(state: Mapping[str, Tensor]) -> Pool:
+    if "cls_token" not in state:
+        return "gap"
+    return "patch_mean" if "fc_norm.weight" in state else "cls"
 
 
 def _num_heads(embed_dim: int, given: int | None) -> int:

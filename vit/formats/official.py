@@ -118,6 +118,7 @@ def from_official(
     Raises:
         ValueError: arrays are missing, unexpected, of another shape or not finite; names them.
     """
+    _refuse_ours_alone(config)
     ours = expected_shapes(config)
     rules = [rule for rule in _rules(config, layout.style) if has_head or not rule.ours.startswith("head.")]
     _check_shapes(rules, shapes, layout, config, ours)
@@ -140,12 +141,20 @@ def to_official(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Ten
         raise ValueError("model.gelu exact: the official code computes GELU by tanh and would give other logits")
     if config.stem is not None and config.stem.numerics != "official":
         raise ValueError("model.stem.numerics timm: the official stems have other epsilons and give other logits")
+    _refuse_ours_alone(config)
     check_weights(state, config)
     arrays: dict[str, Tensor] = {}
     for rule in _rules(config, "vision_transformer"):
         tensor = state[rule.ours].detach().to("cpu", torch.float32)
         arrays |= zip(rule.theirs, _to_theirs(rule, tensor, config), strict=True)
     return arrays
+
+
+def _refuse_ours_alone(config: VitConfig) -> None:
+    if config.pool == "patch_mean":
+        raise ValueError("model.pool patch_mean: the official code has no norm after pooling, only cls and gap")
+    if config.layer_scale is not None:
+        raise ValueError(f"model.layer_scale {config.layer_scale:g}: the official code has no LayerScale, only null")
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from workers.data.random_bits import Stream, random_bits, uniforms
 # Defaults of TensorFlow's op, which the official code leaves as they are.
 ASPECT_RANGE = (0.75, 1.33)
 MAX_ATTEMPTS = 100
+SIMPLE_CROP_PADDING = 4
 
 Floats = NDArray[np.float64]
 
@@ -43,6 +44,8 @@ def augment_batch(
     """What `augment` returns for each image: uint8 (b, C, H, W) to uint8 (b, C, h, w), never the input's memory."""
     if config.crop == "inception":
         views = _crop_each(images, config.crop_area, image_hw, seed, epochs, indices)
+    elif config.crop == "simple":
+        views = _simple_crop_each(images, image_hw, seed, epochs, indices)
     else:
         views = resize(images, image_hw)
     if config.flip:
@@ -63,11 +66,9 @@ def eval_transform(images: Tensor, data: DataConfig, image_hw: tuple[int, int]) 
     """
     if data.eval_crop == "resize":
         return resize(images, image_hw)
-    height, width = images.shape[-2:]
-    scale = max(8 / 7 * image_hw[0] / height, 8 / 7 * image_hw[1] / width)
-    covering = (max(round(height * scale), image_hw[0]), max(round(width * scale), image_hw[1]))
-    resized = resize(images, covering)
-    top, left = (covering[0] - image_hw[0]) // 2, (covering[1] - image_hw[1]) // 2
+    resized = _resize_to_cover(images, image_hw, margin=8 / 7)
+    height, width = resized.shape[-2:]
+    top, left = (height - image_hw[0]) // 2, (width - image_hw[1]) // 2
     return _copy(resized[..., top : top + image_hw[0], left : left + image_hw[1]])
 
 
@@ -78,6 +79,13 @@ def resize(images: Tensor, image_hw: tuple[int, int]) -> Tensor:
     batch = images if images.ndim == 4 else images[None]
     resized = F.interpolate(batch, size=image_hw, mode="bilinear", align_corners=False, antialias=False)
     return resized if images.ndim == 4 else resized[0]
+
+
+def _resize_to_cover(images: Tensor, image_hw: tuple[int, int], margin: float = 1.0) -> Tensor:
+    """`resize` to the smallest size of the same aspect ratio that covers `margin` times `image_hw`."""
+    height, width = images.shape[-2:]
+    scale = max(margin * image_hw[0] / height, margin * image_hw[1] / width)
+    return resize(images, (max(round(height * scale), image_hw[0]), max(round(width * scale), image_hw[1])))
 
 
 def _copy(images: Tensor) -> Tensor:
@@ -146,4 +154,23 @@ def _crop_each(
     views = np.empty((num_images, channels, *image_hw), dtype=np.uint8)
     for i, (y, x, h, w) in enumerate(crop_windows(*sizes, area, seed, epochs, indices).tolist()):
         views[i] = resize(images[i, :, y : y + h, x : x + w], image_hw).numpy()
+    return torch.from_numpy(views)
+
+
+def _simple_crop_each(
+    images: Tensor, image_hw: tuple[int, int], seed: int, epochs: Indices, indices: Indices
+) -> Tensor:
+    """DeiT-III's Simple Random Crop (facebookresearch/deit `augment.py`, `--src`): the shorter side becomes the
+    model's, 4 reflected pixels are put round the image, and a window of the model's size is taken anywhere. Resizing
+    is `resize` here too; DeiT-III's is bicubic with antialiasing."""
+    resized = _resize_to_cover(images, image_hw).numpy()
+    border = (SIMPLE_CROP_PADDING, SIMPLE_CROP_PADDING)
+    padded = np.pad(resized, ((0, 0), (0, 0), border, border), mode="reflect")
+    height, width = image_hw
+    room = np.array([padded.shape[2] - height + 1, padded.shape[3] - width + 1])
+    draws = uniforms(Stream.CROP, seed, epochs[:, None], indices[:, None], np.arange(2)[None])  # (b, 2)
+    offsets = np.floor(draws * room).astype(np.int64)
+    views = np.empty((*images.shape[:2], height, width), dtype=np.uint8)
+    for i, (y, x) in enumerate(offsets.tolist()):
+        views[i] = padded[i, :, y : y + height, x : x + width]
     return torch.from_numpy(views)
