@@ -38,6 +38,7 @@ from configs.load import parse_spec
 from configs.reasons import ExitReason
 from configs.resolve import resolve
 from tests.fakes.dir_store import DirStore
+from tests.ranks import run_ranks
 from tests.workers.attempts import make_attempt, saved_at, tiny_spec
 from tests.workers.rank_jobs import Run, read_state, run_attempts
 from vit.losses import classification_loss
@@ -60,8 +61,15 @@ def on_ranks(world_size: int, device: str, function: Callable[..., Any], *argume
     """`function(ranks, *arguments)` in new processes, one for each device; results by rank.
 
     Raises:
-        RuntimeError: a rank failed; the text is its traceback.
+        RuntimeError, RankFailed: a rank failed; the text is its traceback.
     """
+    if device == "cpu":
+        return run_ranks(world_size, function, *arguments)
+    return spawn_ranks(world_size, device, function, *arguments)
+
+
+def spawn_ranks(world_size: int, device: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """As `on_ranks`, in processes that share nothing with this one: CUDA does not survive a fork."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as probe:

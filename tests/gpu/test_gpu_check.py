@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import check
+from workers.distributed import Ranks
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 
@@ -31,10 +32,15 @@ def test_it_goes_through_on_the_cpu(tmp_path: Path) -> None:
     assert all(run["images_per_s"] > 0 and run["planned_gib"] > 0 and run["peak_gib"] is None for run in runs)
 
 
-def test_a_rank_that_fails_is_told() -> None:
+def test_ranks_of_their_own_give_results_and_tell_failures() -> None:
+    assert check.spawn_ranks(2, "cpu", _which) == [(0, 2), (1, 2)]
     with pytest.raises(RuntimeError, match="no such thing"):
-        check.on_ranks(1, "cpu", _fail)
+        check.spawn_ranks(1, "cpu", _fail)
 
 
-def _fail(_ranks: object) -> None:
+def _which(ranks: Ranks) -> tuple[int, int]:
+    return ranks.rank, ranks.world_size
+
+
+def _fail(_ranks: Ranks) -> None:
     raise ValueError("no such thing")
