@@ -201,7 +201,7 @@ def model_spec(variant: str, image_size: int, batch: int, micro_batch: int, stag
         "resources": {"workers": 1, "gpus_per_worker": 0},
     }
     spec = parse_spec(raw)
-    return resolve(spec, card_for(spec.data.source, {}))
+    return resolve(spec, card_for(spec.data.source, {}), None)
 
 
 def planned_micro_batch(variant: str, image_size: int, stage: int, world_size: int, gib: float, **train: Any) -> int:
