@@ -6,22 +6,28 @@ import math
 import struct
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import delete
+from starlette.testclient import TestClient
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from configs.layout import event_file_key, tensorboard_prefix
 from configs.states import JobState
+from orchestrator.cli.main import run
 from orchestrator.control.sinks.deliver import Deliverer
 from orchestrator.control.sinks.tensorboard import TensorBoardSink
+from orchestrator.embedded.object_store import ObjectStoreServer
 from orchestrator.storage.db import Database
+from orchestrator.storage.store import ObjectStore, S3Store
 from orchestrator.storage.tables import EventRow, SinkCursorRow
 from tests.factories import NOW
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.reported import ReportedJob, loss
+from tests.orchestrator.test_metric_files import over
 
 LATER = NOW + timedelta(hours=2)
 
@@ -43,15 +49,15 @@ def records_of(data: bytes) -> Iterator[Event]:
         data = data[16 + length :]
 
 
-def files_of(store: MemoryStore, job: ReportedJob) -> list[str]:
+def files_of(store: ObjectStore, job: ReportedJob) -> list[str]:
     return sorted(item.key for item in store.list(tensorboard_prefix(job.id)))
 
 
-def events_of(store: MemoryStore, job: ReportedJob) -> list[Event]:
+def events_of(store: ObjectStore, job: ReportedJob) -> list[Event]:
     return [event for key in files_of(store, job) for event in records_of(store.get(key))]
 
 
-def shown(store: MemoryStore, job: ReportedJob) -> dict[str, list[tuple[int, float]]]:
+def shown(store: ObjectStore, job: ReportedJob) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: a session's start drops what lies at its step and beyond (event_accumulator.py)."""
     series: dict[str, list[tuple[int, float]]] = {}
     for key in files_of(store, job):
@@ -66,7 +72,7 @@ def shown(store: MemoryStore, job: ReportedJob) -> dict[str, list[tuple[int, flo
     return series
 
 
-def deliverer(db: Database, store: MemoryStore, seal_bytes: int = 1024 * 1024, page: int = 40_000) -> Deliverer:
+def deliverer(db: Database, store: ObjectStore, seal_bytes: int = 1024 * 1024, page: int = 40_000) -> Deliverer:
     return Deliverer(db, TensorBoardSink(store, 0.0, seal_bytes), page)
 
 
@@ -192,3 +198,72 @@ def test_a_store_that_is_away_or_loses_the_reply(db: Database) -> None:
     with db.reader() as session:
         told = session.query(EventRow).where(EventRow.job_id == job.id, EventRow.type == "metrics.delayed").all()
     assert len(told) == 1
+
+
+# -- the way to users --------------------------------------------------------------------------------------------------
+def test_files_are_listed_and_read_through_the_api(api: TestClient, db: Database, store: MemoryStore) -> None:
+    job = ReportedJob(db)
+    path = f"/v1/jobs/{job.id}/tensorboard"
+    assert api.get(path).json() == {"items": []}
+    job.losses(1)
+    deliverer(db, store).look(NOW)
+    (file,) = api.get(path).json()["items"]
+    assert file["name"] == "events.out.tfevents.0001.000000"
+    response = api.get(f"{path}/{file['name']}")
+    assert response.content == store.get(event_file_key(job.id, 1, 0))
+    assert int(response.headers["content-length"]) == file["num_bytes"] == len(response.content)
+    for missing in (f"{path}/no-such-file", f"{path}/..%2F..%2Freport.json", "/v1/jobs/job_x/tensorboard"):
+        assert api.get(missing).status_code == 404
+
+
+def test_the_command_brings_a_folder_up_to_date(
+    api: TestClient, db: Database, store: MemoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ReportedJob(db)
+    command = ["metrics", job.id, "--tensorboard", str(tmp_path / "runs"), "--url", "http://patchwork.test"]
+    assert run(command, over(api)) == 0
+    assert not (tmp_path / "runs").exists()
+    job.losses(1, 2, 3)
+    deliverer(db, store, seal_bytes=1).look(NOW)
+    folder = tmp_path / "runs" / job.id
+    assert run(command, over(api)) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [key.rpartition("/")[2] for key in files_of(store, job)]
+    capsys.readouterr()
+    assert run(command, over(api)) == 0
+    assert "0 B fetched" in capsys.readouterr().out
+    job.losses(4)
+    deliverer(db, store, seal_bytes=1).look(NOW)
+    assert run(command, over(api)) == 0
+    for key in files_of(store, job):
+        assert (folder / key.rpartition("/")[2]).read_bytes() == store.get(key)
+    assert run([*command[:2], "train/loss", *command[2:]], over(api)) == 2
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStoreServer]:
+    server = ObjectStoreServer(tmp_path_factory.mktemp("store"))
+    server.start()
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.stack
+def test_files_lie_in_a_real_object_store(db: Database, server: ObjectStoreServer) -> None:
+    job = ReportedJob(db)
+    store = S3Store(
+        endpoint=server.endpoint,
+        region=server.region,
+        bucket=server.bucket,
+        prefix="events/",
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+    )
+    store.create_bucket()
+    for step in (1, 2, 3):
+        job.losses(step)
+        deliverer(db, store, seal_bytes=250).look(NOW)
+    assert len(files_of(store, job)) == 2
+    assert shown(store, job)["train/loss"] == [(step, loss(step, 1)) for step in (1, 2, 3)]
