@@ -58,14 +58,18 @@ def events_of(store: ObjectStore, job: ReportedJob) -> list[Event]:
 
 
 def shown(store: ObjectStore, job: ReportedJob) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: a session's start drops what lies at its step and beyond (event_accumulator.py)."""
+    """What TensorBoard shows: a session's start, but not the first one, drops what lies at its step and beyond
+    (plugin_event_accumulator.py)."""
     series: dict[str, list[tuple[int, float]]] = {}
+    started = False
     for key in files_of(store, job):
         first, *events = records_of(store.get(key))
         assert first.file_version == "brain.Event:2"
         for event in events:
             if event.session_log.status == SessionLog.START:
-                series = {tag: [p for p in points if p[0] < event.step] for tag, points in series.items()}
+                if started:
+                    series = {tag: [p for p in points if p[0] < event.step] for tag, points in series.items()}
+                started = True
             for value in event.summary.value:
                 if not value.metadata.plugin_data.plugin_name:
                     series.setdefault(value.tag, []).append((event.step, value.simple_value))

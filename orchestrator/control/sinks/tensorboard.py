@@ -5,8 +5,8 @@ the next one is begun. To TensorBoard that looks like a file that grows: what it
 the bytes depend on the points alone. Few and large files are what it reads well from an object store; one small file
 per look would be thousands of them.
 
-Each attempt begins a file of its own. If an earlier one has files, it begins by saying at which step the attempt went
-on (a session's start, `purge_step` in the writers of TensorBoard): TensorBoard drops what lies at and beyond that step.
+Each attempt begins a file of its own, which begins by saying at which step the attempt went on (a session's start,
+`purge_step` in the writers of TensorBoard): TensorBoard drops what earlier files hold at and beyond that step.
 """
 
 from __future__ import annotations
@@ -94,14 +94,16 @@ class TensorBoardSink:
 
 
 def _attempt_head(delivery: Delivery, attempt: int, at: datetime, before: int | None) -> bytes:
-    """What the first file of an attempt begins with: of the first one the job's parameters, of others the step from
-    which everything earlier is void."""
-    if before is None:
-        return _record(_event(delivery.job.created_at, summary=_session_start(delivery.job)))
+    """What the first file of an attempt begins with: the step from which everything earlier is void; of the job's first
+    file also its parameters."""
     from tensorboardX.proto.event_pb2 import SessionLog
 
-    kept = min(step for number, step in delivery.from_steps.items() if before < number <= attempt)
-    return _record(_event(at, step=kept + 1, session_log=SessionLog(status=SessionLog.START)))
+    # TensorBoard takes the first start of a run as its beginning, and drops steps from the second one on.
+    kept = min(step for number, step in delivery.from_steps.items() if (before or 0) < number <= attempt)
+    start = _record(_event(at, step=kept + 1, session_log=SessionLog(status=SessionLog.START)))
+    if before is not None:
+        return start
+    return start + _record(_event(delivery.job.created_at, summary=_session_start(delivery.job)))
 
 
 def _encode(points: list[Arrival]) -> Iterator[bytes]:
