@@ -62,7 +62,8 @@ class Settings(BaseSettings):
         if self.wandb_project and self.wandb_mode == "offline" and self.wandb_dir is None:
             raise ValueError("wandb_dir is needed with wandb_mode 'offline': a folder to keep the runs in")
         if not self.wandb_project:
-            given = [n for n in ("wandb_entity", "wandb_mode", "wandb_dir") if n in self.model_fields_set]
+            names = ("wandb_entity", "wandb_mode", "wandb_dir")
+            given = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
             if given:
                 raise ValueError(f"{given[0]} does not apply without wandb_project")
         return self

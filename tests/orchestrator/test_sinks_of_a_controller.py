@@ -97,6 +97,8 @@ def test_settings_that_do_not_apply_are_refused() -> None:
         settings_with(wandb_project="vit", wandb_mode="offline")
     with pytest.raises(ValidationError, match="wandb_entity does not apply without wandb_project"):
         settings_with(wandb_entity="team")
+    written = settings_with().model_dump(mode="json")
+    assert Settings.model_validate(written).model_dump(mode="json") == written, "a file with every default is valid"
 
 
 def test_no_secret_is_in_the_settings_text() -> None:
