@@ -8,6 +8,7 @@
         shards/…                            safetensors; see Manifest
         manifest.json                       written last, If-None-Match: *; without it there is no checkpoint
     exports/<format>/…                      what an export job made
+    tensorboard/events.out.tfevents.0003.000007   its metrics for TensorBoard: attempt and part
     report.json                             what an evaluate job found (EvaluationReport)
 <prefix>uploads/<upload>/file               a weights file on its way to an import job
 <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
@@ -68,6 +69,15 @@ def export_prefix(job_id: str, fmt: str) -> str:
 
 def report_key(job_id: str) -> str:
     return f"{job_prefix(job_id)}report.json"
+
+
+def tensorboard_prefix(job_id: str) -> str:
+    return f"{job_prefix(job_id)}tensorboard/"
+
+
+def event_file_key(job_id: str, attempt: int, part: int) -> str:
+    """TensorBoard reads the files of a folder in the order of their names, and knows them by `tfevents`."""
+    return f"{tensorboard_prefix(job_id)}events.out.tfevents.{attempt:04d}.{part:06d}"
 
 
 def uploads_prefix() -> str:

@@ -25,9 +25,11 @@ from orchestrator.schemas import (
     ClusterPublic,
     DatasetPage,
     DatasetPublic,
+    EventFilePage,
     EventPage,
     EventPublic,
     ExportPage,
+    FilePublic,
     Health,
     ImportCreate,
     JobCard,
@@ -149,6 +151,14 @@ class Jobs:
         attempt, at. Returns the number of bytes."""
         params = {"names": ",".join(names) or None, "format": format}
         return self._connection.download(f"/v1/jobs/{job_id}/metrics", params, out)
+
+    def event_files(self, job_id: str) -> tuple[FilePublic, ...]:
+        """The job's event files for TensorBoard."""
+        return self._connection.get(EventFilePage, f"/v1/jobs/{job_id}/tensorboard").items
+
+    def write_event_file(self, job_id: str, name: str, out: BinaryIO) -> int:
+        """Write one of `event_files` into a binary file. Returns the number of bytes."""
+        return self._connection.download(f"/v1/jobs/{job_id}/tensorboard/{name}", {}, out)
 
     def logs(self, job_id: str, *, tail: int | None = None, cursor: str | None = None, **filters: Any) -> LogPage:
         """A page of log lines. Filters: attempt, stream, level, q (a part of the message)."""

@@ -241,6 +241,17 @@ class MetricsPublic(Stored):
         return pandas.DataFrame(data).astype(types | {"attempt": "int64"})
 
 
+class FilePublic(Stored):
+    name: str
+    num_bytes: int
+
+
+class EventFilePage(Stored):
+    """A job's event files for TensorBoard. Each only ever grows, so one of the same length is the same."""
+
+    items: tuple[FilePublic, ...]
+
+
 class LogPage(Stored):
     lines: tuple[LogLine, ...] = Field(description="In order of time.")
     cursor: str = Field(description="Opaque; give it as ?cursor= for the lines that follow.")
@@ -268,11 +279,6 @@ class CheckpointPublic(Stored):
 
 class CheckpointPage(Stored):
     items: tuple[CheckpointPublic, ...]
-
-
-class FilePublic(Stored):
-    name: str
-    num_bytes: int
 
 
 class ExportPublic(Stored):
@@ -415,6 +421,16 @@ class NodePublic(Stored):
     accelerator: str | None = None
 
 
+class SinkPublic(Stored):
+    """A tool that the controller writes metrics on to."""
+
+    name: str = Field(description="tensorboard, mlflow or wandb.")
+    ok: bool
+    message: str = Field(description="Why it does not work.")
+    since: AwareDatetime = Field(description="When it began to work, or to fail.")
+    seen_at: AwareDatetime
+
+
 class ClusterPublic(Stored):
     """The Ray cluster as the controller last saw it."""
 
@@ -425,6 +441,7 @@ class ClusterPublic(Stored):
     seen_at: AwareDatetime | None
     controller_at: AwareDatetime | None = Field(description="The controller's last loop.")
     jobs: dict[str, int] = Field(description="Number of jobs that have not ended, by state.")
+    sinks: tuple[SinkPublic, ...] = Field((), description="Where metrics are written on to, as configured.")
 
 
 # -- tokens, health ----------------------------------------------------------------------

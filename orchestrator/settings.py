@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -45,6 +45,28 @@ class Settings(BaseSettings):
     stop_grace_s: float = Field(60.0, description="From a stop order to SIGKILL.")
     backoff_initial_s: float = 2.0
     backoff_max_s: float = 360.0
+    public_url: str | None = Field(None, description="The API as people reach it: links in other tools lead there.")
+    sink_every_s: float = Field(15.0, description="A running job's new metrics are written on so often.")
+    tensorboard: bool = Field(True, description="Write event files for TensorBoard into the object store.")
+    mlflow_tracking_uri: SecretStr = Field(
+        SecretStr(""), description="MLflow's server, http(s)://…; sqlite:///… for one controller; empty: no MLflow."
+    )
+    mlflow_experiment: Annotated[str, Field(min_length=1)] = "patchwork"
+    wandb_project: str = Field("", description="Weights & Biases: the project; empty: no W&B.")
+    wandb_entity: str = Field("", description="A user or team; empty: the key's own.")
+    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_dir: Path | None = Field(None, description="Runs of wandb_mode=offline lie here, for `wandb sync`.")
+
+    @model_validator(mode="after")
+    def _sinks_fit(self) -> Self:
+        if self.wandb_project and self.wandb_mode == "offline" and self.wandb_dir is None:
+            raise ValueError("wandb_dir is needed with wandb_mode 'offline': a folder to keep the runs in")
+        if not self.wandb_project:
+            names = ("wandb_entity", "wandb_mode", "wandb_dir")
+            given = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
+            if given:
+                raise ValueError(f"{given[0]} does not apply without wandb_project")
+        return self
 
 
 def load_settings() -> Settings:

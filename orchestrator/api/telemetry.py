@@ -10,8 +10,8 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from orchestrator.api.deps import JobId, PrintableText, Services, ServicesDep, Viewer
-from orchestrator.schemas import AttemptPublic, EventPage, JobCard, LogPage, MetricsPublic
-from orchestrator.services import cards, history, logs, metric_files, metrics
+from orchestrator.schemas import AttemptPublic, EventFilePage, EventPage, JobCard, LogPage, MetricsPublic
+from orchestrator.services import cards, event_files, history, logs, metric_files, metrics
 from orchestrator.services.auth import Actor, authenticate, require
 from orchestrator.services.problems import Invalid, declares, field_error
 from orchestrator.services.streams import EventStream
@@ -100,6 +100,31 @@ def read_metrics(
     headers = {"Content-Disposition": f'attachment; filename="{job_id}-metrics.{format}"'}
     pieces = metric_files.metrics_file(services.db, job_id, wanted, format)
     return StreamingResponse(pieces, media_type=metric_files.MEDIA_TYPES[format], headers=headers)
+
+
+@router.get("/tensorboard", operation_id="list_event_files", responses=declares(401, 404, 503))
+def list_event_files(services: ServicesDep, _: Viewer, job_id: JobId) -> EventFilePage:
+    """The job's event files for TensorBoard, in the order in which it reads them."""
+    return event_files.list_event_files(services.db, services.store, job_id)
+
+
+@router.get(
+    "/tensorboard/{name}",
+    operation_id="get_event_file",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The file as it is now.",
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **declares(401, 404, 503),
+    },
+)
+def get_event_file(services: ServicesDep, _: Viewer, job_id: JobId, name: str) -> Response:
+    """An event file."""
+    num_bytes, chunks = event_files.event_file(services.db, services.store, job_id, name)
+    headers = {"Content-Length": str(num_bytes)}
+    return StreamingResponse(chunks, headers=headers, media_type="application/octet-stream")
 
 
 @router.get("/card", operation_id="get_card", responses=declares(401, 404, 503))

@@ -40,6 +40,9 @@ def cluster(ctx: typer.Context, as_json: Json = False, url: Url = None, token: T
         out.print(output.table(("NODE", "STATE", "CPUS>", "GPUS>", "ACCELERATOR"), rows))
     if found.jobs:
         out.print("Jobs: " + ", ".join(f"{count} {output.state(state)}" for state, count in found.jobs.items()))
+    for sink in found.sinks:
+        mark = "[green]ok[/]" if sink.ok else "[red]fails[/]"
+        out.print(f"  {sink.name:<14}{mark}  [dim]{escape(sink.message) or 'metrics are written to it'}[/]")
     for check in readiness.checks:
         mark = "[green]ok[/]" if check.ok else "[red]fails[/]"
         out.print(f"  {check.name:<14}{mark}  [dim]{escape(check.message)}[/]")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import typer
 from rich.markup import escape
@@ -97,6 +99,9 @@ def metrics(
     parquet: Annotated[
         Path | None, typer.Option("--parquet", metavar="FILE", help="The same as Parquet, for pandas and others.")
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Fetch its event files into DIR/<job>.")
+    ] = None,
     as_json: Json = False,
     url: Url = None,
     token: Token = None,
@@ -108,15 +113,22 @@ def metrics(
       patchwork metrics last train/loss eval/top1
 
       patchwork metrics job_... --csv points.csv
+
+      patchwork metrics last --tensorboard runs     # then: tensorboard --logdir runs
     """
-    if (csv is not None) + (parquet is not None) + as_json > 1:
-        raise typer.BadParameter("give one of --csv, --parquet and --json")
+    if sum(option is not None for option in (csv, parquet, tensorboard)) + as_json > 1:
+        raise typer.BadParameter("give one of --csv, --parquet, --tensorboard and --json")
+    if tensorboard is not None and names:
+        raise typer.BadParameter(f"names ({names[0]}) do not apply with --tensorboard: its files hold every metric")
     with client_for(ctx, url, token) as client:
         if csv is not None:
             _write_points(client, find_job(client, job).id, names or [], csv, "csv")
             return
         if parquet is not None:
             _write_points(client, find_job(client, job).id, names or [], parquet, "parquet")
+            return
+        if tensorboard is not None:
+            _fetch_event_files(client, find_job(client, job).id, tensorboard)
             return
         found = client.jobs.metrics(find_job(client, job).id, names or (), max_points=400)
     if as_json:
@@ -143,11 +155,35 @@ def _write_points(client: Client, job_id: str, names: list[str], path: Path, for
         return
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}")
+    num_bytes = _written_whole(path, lambda file: client.jobs.write_metrics(job_id, file, names, format))
+    output.console().print(f"[bold]{escape(str(path))}[/]: {output.num_bytes(num_bytes)}.")
+
+
+def _fetch_event_files(client: Client, job_id: str, directory: Path) -> None:
+    """Bring `directory`/<job> up to what the server has. Files only grow: one of the same length is not fetched."""
+    folder = directory / job_id
+    files = client.jobs.event_files(job_id)
+    if not files:
+        output.console().print("No event files: nothing was measured yet, or the server's setting tensorboard is off.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    num_bytes = 0
+    for file in files:
+        path = folder / Path(file.name).name
+        if not path.exists() or path.stat().st_size != file.num_bytes:
+            num_bytes += _written_whole(path, partial(client.jobs.write_event_file, job_id, file.name))
+    out = output.console()
+    out.print(f"[bold]{escape(str(folder))}[/]: {len(files)} event files, {output.num_bytes(num_bytes)} fetched.")
+    out.print(f"tensorboard --logdir {escape(str(directory))}", soft_wrap=True)
+
+
+def _written_whole(path: Path, write: Callable[[BinaryIO], int]) -> int:
+    """Write a file that appears only when it is whole. Returns its number of bytes."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
-            num_bytes = client.jobs.write_metrics(job_id, file, names, format)
+            num_bytes = write(file)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    output.console().print(f"[bold]{escape(str(path))}[/]: {output.num_bytes(num_bytes)}.")
+    return num_bytes

@@ -4,6 +4,7 @@
     scheduler     looks at the cluster, then at the queue
     reconcilers   look at jobs that are due
     sweeper       removes uploads that were abandoned or are imported
+    sinks         one for each: write metrics on to TensorBoard's files, MLflow, W&B
 
 Any number of controllers may run; one leads, the others wait for its lease to end. Jobs are guarded by leases of their
 own, so even two that both think they lead do nothing twice.
@@ -31,6 +32,9 @@ from orchestrator.control.leases import give_up_leadership, hold_leadership
 from orchestrator.control.queue_view import beat, schedule_queue, store_cluster
 from orchestrator.control.ray_rest import RayLauncher
 from orchestrator.control.reconciler import Reconciler, utc_now
+from orchestrator.control.sinks.configured import configured_sinks
+from orchestrator.control.sinks.deliver import Deliverer, forget_other_sinks
+from orchestrator.control.sinks.sink import Sink
 from orchestrator.control.sweep_uploads import sweep_uploads
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage.db import Database, is_unavailable
@@ -43,6 +47,7 @@ CLUSTER_EVERY_S = 2.0
 SCHEDULE_EVERY_S = 0.3
 LEAD_EVERY_S = 2.0
 SWEEP_EVERY_S = 60.0
+SINKS_EVERY_S = 2.0
 AFTER_ERROR_S = 1.0
 JOIN_S = 30.0
 _Result = TypeVar("_Result")
@@ -63,6 +68,7 @@ class Controller:
         self._db, self._launcher, self._store, self._settings = db, launcher, store, settings
         self._token = secrets.token_hex(16)
         self._num_reconcilers = num_reconcilers
+        self._sinks = configured_sinks(settings, store)
         self._reconciler: Reconciler | None = None
         """Only while this process leads."""
         self._stop = threading.Event()
@@ -85,7 +91,10 @@ class Controller:
         threads += [
             threading.Thread(target=self._reconcile, name=f"reconciler-{i}") for i in range(self._num_reconcilers)
         ]
-        for thread in threads:
+        writers = [
+            threading.Thread(target=self._write_on, args=(sink,), name=f"sink-{sink.name}") for sink in self._sinks
+        ]
+        for thread in [*threads, *writers]:
             thread.daemon = True
             thread.start()
         while not self._stop.is_set():
@@ -96,6 +105,9 @@ class Controller:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._survive("leader", lambda: give_up_leadership(self._db, self._token))
+        # After that: nobody waits for one who waits for another service, and whatever it leaves half done comes again.
+        for thread in writers:
+            thread.join(max(0.0, deadline - time.monotonic()))
         log.info("Controller stopped.", owner=self.owner)
 
     def _lead(self) -> None:
@@ -136,6 +148,24 @@ class Controller:
 
     def _sweep_once(self) -> None:
         sweep_uploads(self._db, self._store, utc_now(), self._settings.upload_expires_s)
+
+    def _write_on(self, sink: Sink) -> None:
+        """A thread of its own for each sink: one that hangs holds up nobody."""
+        deliverer: Deliverer | None = None
+        while not self._stop.is_set():
+            if not self.leads:
+                deliverer = None
+            elif deliverer is None:
+                # What failed under another leader is tried again at once.
+                deliverer = Deliverer(self._db, sink)
+                self._survive(f"sink-{sink.name}", lambda: forget_other_sinks(self._db, {s.name for s in self._sinks}))
+            else:
+                look = partial(deliverer.look, utc_now(), self._may_write)
+                self._survive(f"sink-{sink.name}", look)
+            self._stop.wait(SINKS_EVERY_S)
+
+    def _may_write(self) -> bool:
+        return self.leads and not self._stop.is_set()
 
     def _look_at_cluster(self) -> None:
         try:

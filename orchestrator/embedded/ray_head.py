@@ -82,7 +82,8 @@ class RayHead:
         if not token_file.exists():
             # A file, so that the token is in no process's environment.
             write_private(token_file, self.token)
-        env = {k: v for k, v in clean_environment().items() if not k.startswith("RAY_")}
+        # Keys of MLflow and W&B are the controller's alone: jobs could read them here.
+        env = {k: v for k, v in clean_environment().items() if not k.startswith(("RAY_", "MLFLOW_", "WANDB_"))}
         env |= {
             # `python` in an entrypoint has to be this interpreter.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}",

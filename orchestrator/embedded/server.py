@@ -11,10 +11,27 @@ import httpx
 
 from orchestrator.embedded.processes import ChildProcess, ProcessFailed
 
+SINK_SETTINGS = (
+    "sink_every_s",
+    "tensorboard",
+    "mlflow_tracking_uri",
+    "mlflow_experiment",
+    "wandb_project",
+    "wandb_entity",
+    "wandb_mode",
+    "wandb_dir",
+)
+
 
 def clean_environment() -> dict[str, str]:
     """Our environment without PATCHWORK_… variables: they would override the files the stack writes."""
     return {k: v for k, v in os.environ.items() if not k.startswith("PATCHWORK_")}
+
+
+def sink_settings() -> dict[str, str]:
+    """Settings of ours that say where metrics go: of these there is nothing that the stack finds out itself."""
+    names = {name.lower(): value for name, value in os.environ.items()}
+    return {name: names[f"patchwork_{name}"] for name in SINK_SETTINGS if f"patchwork_{name}" in names}
 
 
 class ServerProcess:

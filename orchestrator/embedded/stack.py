@@ -20,7 +20,7 @@ from orchestrator.embedded.object_store import ObjectStoreServer
 from orchestrator.embedded.ports import free_ports, is_free
 from orchestrator.embedded.processes import ProcessFailed
 from orchestrator.embedded.ray_head import RayHead
-from orchestrator.embedded.server import ServerProcess
+from orchestrator.embedded.server import ServerProcess, sink_settings
 from orchestrator.files import write_private
 from orchestrator.services.auth import new_token
 from orchestrator.services.tokens import ensure_admin_token
@@ -184,7 +184,7 @@ class Stack:
             "host": "127.0.0.1",
             "port": port,
         }
-        control_plane |= self._settings
+        control_plane |= {"public_url": self.url, **sink_settings(), **self._settings}
         node = shared | {"api_url": self.url, "log_dir": str(self.dir.logs / "ranks")} | self._node_settings
         write_private(self.dir.settings_file, json.dumps(control_plane, indent=2))
         write_private(self.dir.node_file, json.dumps(node, indent=2))

@@ -12,11 +12,11 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from configs.states import JobState
-from orchestrator.schemas import Check, ClusterPublic, NodePublic, Readiness
+from orchestrator.schemas import Check, ClusterPublic, NodePublic, Readiness, SinkPublic
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database
 from orchestrator.storage.store import NotFound, ObjectStore, StoreError
-from orchestrator.storage.tables import ClusterRow, JobRow
+from orchestrator.storage.tables import ClusterRow, JobRow, SinkRow
 
 _FRESH_S = 2.0
 _STALE_FACTOR = 2.0
@@ -77,13 +77,17 @@ class ReadinessProbe:
 
 
 def get_cluster(db: Database) -> ClusterPublic:
-    """The Ray cluster as the controller last saw it, with the number of jobs in each state that has not ended."""
+    """The Ray cluster as the controller last saw it, the number of jobs in each state that has not ended, and sinks."""
     with db.reader() as session:
         row = session.get(ClusterRow, 1)
         counted = session.execute(
             select(JobRow.state, func.count()).where(JobRow.ended_at.is_(None)).group_by(JobRow.state)
         )
         jobs = {state: count for state, count in counted if not JobState(state).is_terminal}
+        sinks = tuple(
+            SinkPublic(name=sink.name, ok=sink.ok, message=sink.message, since=sink.since, seen_at=sink.seen_at)
+            for sink in session.scalars(select(SinkRow).order_by(SinkRow.name))
+        )
     if row is None:
         return ClusterPublic(
             cluster_id="",
@@ -93,6 +97,7 @@ def get_cluster(db: Database) -> ClusterPublic:
             seen_at=None,
             controller_at=None,
             jobs=jobs,
+            sinks=sinks,
         )
     return ClusterPublic(
         cluster_id=row.cluster_id,
@@ -102,6 +107,7 @@ def get_cluster(db: Database) -> ClusterPublic:
         seen_at=row.seen_at,
         controller_at=row.controller_at,
         jobs=jobs,
+        sinks=sinks,
     )
 
 

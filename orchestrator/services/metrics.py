@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.schemas import MetricSeries, MetricsPublic
 from orchestrator.services.jobs import find_job
+from orchestrator.storage.arrivals import last_valid_steps
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import AttemptRow, MetricRow
 
@@ -45,17 +46,6 @@ def metric_names(session: Session, job_id: str) -> tuple[str, ...]:
     """Every metric the job has reported, sorted."""
     query = select(MetricRow.name).where(MetricRow.job_id == job_id).distinct().order_by(MetricRow.name)
     return tuple(session.scalars(query))
-
-
-def last_valid_steps(from_steps: Mapping[int, int]) -> dict[int, int | None]:
-    """For every attempt the last step of its points that count: the smallest step from which a later attempt started
-    (`from_steps`: attempt -> that step). None: no later attempt, all count."""
-    limits: dict[int, int | None] = {}
-    limit: int | None = None
-    for attempt in sorted(from_steps, reverse=True):
-        limits[attempt] = limit
-        limit = from_steps[attempt] if limit is None else min(limit, from_steps[attempt])
-    return limits
 
 
 def downsample(points: Iterable[Point], name: str, first: int, last: int, max_points: int) -> MetricSeries:

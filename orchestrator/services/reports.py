@@ -102,6 +102,7 @@ def _store_metrics(session: Session, job: JobRow, attempt: AttemptRow, batch: Re
             "name": point.name,
             "step": point.step,
             "attempt": attempt.number,
+            "seq": batch.seq,
             "value": _finite(point.value),
             "at": point.at,
         }
@@ -111,7 +112,7 @@ def _store_metrics(session: Session, job: JobRow, attempt: AttemptRow, batch: Re
         # One prepared statement executed many times: ten times faster than one statement with thousands of values.
         insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
         statement = insert(MetricRow.__table__)  # type: ignore[arg-type]
-        changed = {"value": statement.excluded.value, "at": statement.excluded.at}
+        changed = {name: statement.excluded[name] for name in ("seq", "value", "at")}
         session.connection().execute(statement.on_conflict_do_update(index_elements=_POINT_KEY, set_=changed), rows)
     newest = {point.name: point for point in sorted(batch.metrics, key=lambda point: point.step)}
     if newest:

@@ -191,8 +191,50 @@ class MetricRow(Base):
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     attempt: Mapped[int] = mapped_column(Integer, primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """The report that brought it: a job's points arrived in the order of (attempt, seq)."""
     value: Mapped[float | None] = mapped_column(Float, nullable=True)
     at: Mapped[datetime]
+
+    __table_args__ = (Index("ix_metrics_arrival", "job_id", "attempt", "seq"),)
+
+
+class SinkCursorRow(Base):
+    """How far a job's metrics have been written to one sink (TensorBoard, MLflow, …)."""
+
+    __tablename__ = "sink_cursors"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    sink: Mapped[str] = mapped_column(String(16), primary_key=True)
+    attempt: Mapped[int] = mapped_column(Integer)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    """Everything up to this report of this attempt is there."""
+    generation: Mapped[int] = mapped_column(Integer, default=0)
+    """How often the sink was begun anew because what it held was rolled back."""
+    max_step: Mapped[int] = mapped_column(BigInteger, default=0)
+    """The largest step written in this generation."""
+    memory: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    """The sink's own: a run's id, a file's length."""
+    done: Mapped[bool] = mapped_column(Boolean, default=False)
+    """The job's end was written too."""
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    """In a row."""
+    not_before: Mapped[datetime | None] = mapped_column(nullable=True)
+    told: Mapped[bool] = mapped_column(Boolean, default=False)
+    """An event on the job says that this sink failed."""
+    written_at: Mapped[datetime | None] = mapped_column(nullable=True)
+
+
+class SinkRow(Base):
+    """Whether a sink works, as the leading controller last saw it."""
+
+    __tablename__ = "sinks"
+
+    name: Mapped[str] = mapped_column(String(16), primary_key=True)
+    ok: Mapped[bool] = mapped_column(Boolean)
+    message: Mapped[str] = mapped_column(Text, default="")
+    since: Mapped[datetime]
+    seen_at: Mapped[datetime]
 
 
 class CheckpointRow(Base):

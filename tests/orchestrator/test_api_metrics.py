@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from orchestrator.services.metrics import Point, downsample, last_valid_steps
+from orchestrator.services.metrics import Point, downsample
+from orchestrator.storage.arrivals import last_valid_steps
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import MetricRow
 from tests.orchestrator.rows import T0, add_attempt, submit

@@ -5,12 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import func, inspect, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError, StatementError
 
-from orchestrator.storage.db import Database, is_unavailable, upsert
+from orchestrator.storage.db import MIGRATIONS, Database, is_unavailable, upsert
 from orchestrator.storage.tables import Base, ClusterRow, EventRow, MetricRow
 
 pytestmark = pytest.mark.db
@@ -152,3 +154,20 @@ def test_unavailable_is_told_from_wrong(db: Database) -> None:
         session.execute(text("SELECT 1"))
     assert is_unavailable(refused.value)
     away.close()
+
+
+def test_points_from_before_arrivals_were_counted_come_before_all_reports(empty_database_url: str) -> None:
+    """Revision 0003 numbers them by step."""
+    db = Database(empty_database_url)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with db.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        insert = text("INSERT INTO metrics (job_id, name, step, attempt, at) VALUES ('job_1', 'a', :step, 1, :at)")
+        connection.execute(insert, [{"step": step, "at": "2026-11-22 12:00:00"} for step in (7, 3)])
+    db.upgrade()
+    with db.reader() as session:
+        seqs = dict(session.execute(select(MetricRow.step, MetricRow.seq)).all())
+    assert seqs[3] < seqs[7] < 0
+    db.close()
