@@ -11,6 +11,8 @@ parameter names follow timm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -226,28 +228,62 @@ class ViT(nn.Module):
         Raises:
             ValueError: the images' channels or size are not those of the configuration.
         """
+        x = self._embed(images)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x)
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int], norm: bool = False) -> list[Tensor]:
+        """What the blocks of these numbers give, in the order of the blocks, as feature maps (B, D, rows, columns):
+        the patches' tokens, without the prefix. Blocks after the last one are not run.
+
+        Args:
+            indices: numbers of blocks; negative ones count from the last.
+            norm: the final norm is applied to each (with `pool: patch_mean` there is none before pooling).
+
+        Raises:
+            ValueError: no or an unknown block is named, or the images are not those of `forward_features`.
+        """
+        depth = len(self.blocks)
+        wanted = {index + depth if index < 0 else index for index in indices}
+        if not wanted or min(wanted) < 0 or max(wanted) >= depth:
+            raise ValueError(f"indices {list(indices)}: expected at least one of {-depth} to {depth - 1}")
+        rows, columns = self.config.grid
+        maps = []
+        x = self._embed(images)
+        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = self._run(block, x)
+            if index in wanted:
+                tokens = (self.norm(x) if norm else x)[:, self.num_prefix :]  # (B, rows * columns, D)
+                maps.append(tokens.transpose(1, 2).unflatten(2, (rows, columns)).contiguous())
+        return maps
+
+    def forward_representation(self, features: Tensor) -> Tensor:
+        """The vector that the classifier reads, (B, D), of the tokens that `forward_features` gives: pooled, and with
+        `head: mlp` after its hidden layer and tanh."""
+        x = features[:, 0] if self.config.pool == "cls" else features[:, self.num_prefix :].mean(dim=1)
+        x = self.fc_norm(x)
+        return x if self.pre_logits is None else torch.tanh(self.pre_logits(x))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits, (B, C), of the tokens that `forward_features` gives."""
+        return self.head(self.forward_representation(features))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """The tokens that the first block reads, (B, N, D)."""
         expected = (self.config.in_channels, *self.config.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images have shape {tuple(images.shape[1:])} each, this model takes {expected}")
         x = self.patch_embed(images)  # (B, N - P, D)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
-        x = self.dropout(x + self.pos_embed)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                # Dropout must draw the same mask again when the block is recomputed in the backward pass.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=True)
-            else:
-                x = block(x)
-        return self.norm(x)
+        return self.dropout(x + self.pos_embed)
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Logits, (B, C), of the tokens that `forward_features` gives."""
-        x = features[:, 0] if self.config.pool == "cls" else features[:, self.num_prefix :].mean(dim=1)  # (B, D)
-        x = self.fc_norm(x)
-        if self.pre_logits is not None:
-            x = torch.tanh(self.pre_logits(x))
-        return self.head(x)
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            # Dropout must draw the same mask again when the block is recomputed in the backward pass.
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=True)
+        return block(x)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training only)."""

@@ -332,3 +332,19 @@ def test_block_takes_any_number_of_tokens() -> None:
     block = Block(embed_dim=8, num_heads=2, mlp_dim=16, dropout=0.0, drop_path=0.0, gelu="tanh")
     assert block(torch.randn(2, 5, 8)).shape == (2, 5, 8)
     assert block(torch.randn(1, 1, 8)).shape == (1, 1, 8)
+
+
+@pytest.mark.parametrize("fields", [{}, {"pool": "gap", "head": "mlp"}, {"pool": "patch_mean"}, {"head": "mlp"}])
+def test_the_classifier_reads_the_representation(make_model, fields: dict[str, object]) -> None:
+    model = make_model(**fields)
+    images = torch.randn(2, 3, 16, 16)
+    representation = model.forward_representation(model.forward_features(images))
+    assert representation.shape == (2, 16)
+    assert torch.equal(torch.nn.functional.linear(representation, model.head.weight, model.head.bias), model(images))
+    assert (representation.abs().max() <= 1.0) == (fields.get("head") == "mlp")
+
+
+@pytest.mark.parametrize("indices", [[], [3], [0, -4]])
+def test_feature_maps_of_unknown_blocks_are_refused(make_model, indices: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"indices .*: expected at least one of -3 to 2"):
+        make_model().forward_intermediates(torch.randn(1, 3, 16, 16), indices)

@@ -193,3 +193,18 @@ def test_other_sizes_are_refused_with_both_shapes(make_config) -> None:
     state = timm_model(make_config(embed_dim=32)).state_dict()
     with pytest.raises(ValueError, match=r"has shape .*32.*, expected .*16"):
         from_timm(state, make_config())
+
+
+@pytest.mark.parametrize("fields", [{}, {"pool": "gap", "image_size": (8, 24)}, {"layer_scale": 0.1}])
+@pytest.mark.parametrize("norm", [False, True])
+def test_feature_maps_equal_timms(make_model, fields: dict[str, object], norm: bool) -> None:
+    ours = make_model(**fields)
+    theirs = timm_model(ours.config)
+    theirs.load_state_dict(to_timm(ours.state_dict(), ours.config))
+    images = torch.randn(2, 3, *ours.config.image_size)
+    with torch.inference_mode():
+        expected = theirs.forward_intermediates(images, [0, 2], norm=norm, output_fmt="NCHW", intermediates_only=True)
+        maps = ours.forward_intermediates(images, [-1, 0], norm=norm)
+    rows, columns = ours.config.grid
+    assert [tuple(found.shape) for found in maps] == [(2, 16, rows, columns)] * 2
+    torch.testing.assert_close(maps, expected, rtol=0, atol=1e-5)
