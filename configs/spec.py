@@ -10,6 +10,7 @@ from configs.base import Label, Positive, Strict
 from configs.data import DataConfig
 from configs.imports import UPLOAD_ID_PATTERN, ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat
 from configs.model import ModelConfig, VitConfig
+from configs.probes import FewShot, Neighbours
 from configs.service import Queue, Resources, Retry
 from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Weights, Zero
 
@@ -140,6 +141,10 @@ class EvaluateJob(_Job):
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="Left out: the checkpoint's.")
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 256
     precision: Literal["fp32", "bf16"] = "fp32"
+    few_shot: FewShot | None = Field(
+        None, description="Also few-shot accuracy of the features (data.train, data.eval)."
+    )
+    neighbours: Neighbours | None = Field(None, description="Also nearest-neighbour accuracy of the features.")
 
 
 ExportFormat = Literal["safetensors", "timm", "npz"]

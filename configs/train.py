@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.base import Fraction, Positive, Seed, Strict
+from configs.probes import FewShot
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(gt=0.0, le=1e15)]
@@ -175,7 +176,15 @@ class Eval(Every):
     at_end: bool = True
     weights: Weights = Field("raw", description="ema: evaluate the moving average of the weights.")
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(256, description="Images per rank and forward pass.")
-    few_shot: tuple[()] = Field((), description="Not available yet.")
+    few_shot: FewShot | None = Field(
+        None, description="Also measure few-shot accuracy of the features, on examples of the training split."
+    )
+
+    @field_validator("few_shot", mode="before")
+    @classmethod
+    def _none_if_empty(cls, value: object) -> object:
+        """Jobs stored before there was few-shot evaluation hold an empty list."""
+        return None if value in ([], ()) else value
 
 
 __all__ = [

@@ -217,9 +217,11 @@ class ViT(nn.Module):
         self.pre_logits = nn.Linear(dim, dim) if config.head == "mlp" else None
         self.head = nn.Linear(dim, config.num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, (B, C), of normalised float images (B, channels, height, width)."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
+        """Logits, (B, C), of normalised float images (B, channels, height, width); or the (B, D) vector that the
+        classifier reads."""
+        features = self.forward_features(images)
+        return self.forward_representation(features) if representation else self.forward_head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the final norm (`pool: patch_mean`: before it), (B, N, D); the class token, if any, is the

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 import torch
@@ -45,6 +46,7 @@ from workers.export import export_weights
 from workers.import_weights import import_weights
 from workers.loop import train
 from workers.outcome import JobError, RankOutcome, outcome_of
+from workers.probe import MakeLoader, probe
 from workers.report import Reporter
 from workers.store import ObjectStore
 from workers.throughput import Throughput, peak_flops
@@ -105,25 +107,32 @@ def _train(
     if skipped and ranks.is_first:
         reporter.event("data.skipped", f"{skipped} global batches are passed over", {"step": start.step})
 
-    pin_memory = ranks.device.type == "cuda"
-    eval_loader = EvalLoader(
-        opened.eval,
-        spec.data,
-        config.image_size,
-        batch_size=spec.eval.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        on_corrupt=_tell(reporter),
-        pin_memory=pin_memory,
-    )
+    pool = opened.train
+    make_loader = _eval_loaders(spec.data, config, spec.eval.batch_size, ranks, reporter)
+    eval_loader = make_loader(opened.eval)
 
-    def measure(keep_going: Any) -> dict[str, float] | None:
+    def measure(keep_going: Callable[[], bool]) -> dict[str, float] | None:
         averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if spec.eval.weights == "ema":
             assert average is not None, "the spec asks for train.ema_decay"
             averaged = average.in_place()
         with averaged, engine.evaluating():
-            return evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
+            measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
+            if measured is None or spec.eval.few_shot is None:
+                return measured
+            probed = probe(
+                partial(engine.forward, representation=True),
+                pool,
+                opened.eval,
+                make_loader,
+                spec.data,
+                config.num_classes,
+                spec.eval.few_shot,
+                None,
+                ranks,
+                keep_going,
+            )
+            return None if probed is None else measured | probed
 
     facts = _facts(attempt, spec, config, opened)
     checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps, average=average)
@@ -146,13 +155,27 @@ def _train(
         start_step=start.step,
         skips=start.skips,
         on_corrupt=_tell(reporter),
-        pin_memory=pin_memory,
+        pin_memory=ranks.device.type == "cuda",
     )
     with train_loader:
         try:
             return train(spec, engine, train_loader, measure, checkpointer, throughput, ranks, reporter, start, average)
         finally:
             checkpointer.close()
+
+
+def _eval_loaders(data: DataConfig, config: VitConfig, batch_size: int, ranks: Ranks, reporter: Reporter) -> MakeLoader:
+    """How this rank's share of a source is read for evaluation."""
+    return partial(
+        EvalLoader,
+        data=data,
+        image_hw=config.image_size,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        on_corrupt=_tell(reporter),
+        pin_memory=ranks.device.type == "cuda",
+    )
 
 
 def _build(
@@ -199,20 +222,12 @@ def _evaluate(
         except ValueError as error:
             raise JobError(f"image_size: {error}") from error
     assert spec.data is not None, "a resolved evaluation names its data"
-    opened = _open(attempt, spec.data, config, store, data_root, eval_only=True)
+    is_probed = spec.few_shot is not None or spec.neighbours is not None
+    opened = _open(attempt, spec.data, config, store, data_root, eval_only=not is_probed)
     model = vit.build(config)
     model.load_state_dict(state)
     model.to(ranks.device).eval()
-    loader = EvalLoader(
-        opened.eval,
-        spec.data,
-        config.image_size,
-        batch_size=spec.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        on_corrupt=_tell(reporter),
-        pin_memory=ranks.device.type == "cuda",
-    )
+    make_loader = _eval_loaders(spec.data, config, spec.batch_size, ranks, reporter)
     control, orders, num_batches = ControlWord(ranks), [Desired.RUN], 0
 
     def keep_going() -> bool:
@@ -225,7 +240,21 @@ def _evaluate(
     reporter.heartbeat("evaluating", 0)
     autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
     with torch.inference_mode(), autocast:
-        metrics = evaluate(model, loader, spec.data, "softmax", ranks, keep_going)
+        metrics = evaluate(model, make_loader(opened.eval), spec.data, "softmax", ranks, keep_going)
+        if metrics is not None and opened.train is not None:
+            probed = probe(
+                partial(model, representation=True),
+                opened.train,
+                opened.eval,
+                make_loader,
+                spec.data,
+                config.num_classes,
+                spec.few_shot,
+                spec.neighbours,
+                ranks,
+                keep_going,
+            )
+            metrics = None if probed is None else metrics | probed
     control.drain()
     if metrics is None:
         return RankOutcome(LEAVES_WITH[orders[0]], "", num_batches)

@@ -37,8 +37,9 @@ class Update:
 class Engine(Protocol):
     """All ranks call each method the same number of times in the same order."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of normalised images (B, channels, H, W), in the job's precision."""
+    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
+        """Logits (B, C) of normalised images (B, channels, H, W), or the (B, D) vector that the classifier reads, in
+        the job's precision."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -65,8 +66,8 @@ class DeepSpeedEngine:
         self._clip_grad_norm = clip_grad_norm
         self._is_compiled = is_compiled
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.deepspeed(images)
+    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
+        return self.deepspeed(images, representation=True) if representation else self.deepspeed(images)
 
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss)

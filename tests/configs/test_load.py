@@ -86,7 +86,7 @@ def test_a_valid_job_parses() -> None:
         ("resources__workers", 0, "/resources/workers", ["0", "at least 1"]),
         ("resources__accelerator", "H100", "/resources/accelerator", ["gpus_per_worker is 0"]),
         ("checkpoint", {"every_steps": 1, "every_epochs": 1}, "/checkpoint", ["at most one of every_steps"]),
-        ("eval__few_shot", [5], "/eval/few_shot", ["5"]),
+        ("eval__few_shot", {"shots": [0]}, "/eval/few_shot/shots/0", ["0", "1"]),
         ("labels", {"a": 1}, "/labels/a", ["1", "text"]),
         ("name", "two\nlines", "/name", ["text matching"]),
         ("name", "", "/name", ["at least 1"]),

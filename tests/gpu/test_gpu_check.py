@@ -25,7 +25,6 @@ def test_it_goes_through_on_the_cpu(tmp_path: Path) -> None:
     runs = found["checks"]["models"]["runs"]
     assert [(run["zero_stage"], run["train"]) for run in runs] == [
         (1, {}),
-        (1, {"compile": True}),
         (1, {"activation_checkpointing": True}),
         (3, {}),
     ]
