@@ -108,9 +108,9 @@ class Race:
             transition(session, job, JobState.RUNNING, actor="test", at=now)
             place = {"node": "n1", "pid": 1, "step": 100, "phase": "training", "at": now.isoformat()}
             ranks = {str(rank): {"rank": rank} | place for rank in (0, 1)}
-            times = dict.fromkeys(("created_at", "submitted_at", "last_report_at", "last_progress_at"), now)
-            said = {"state": AttemptState.RUNNING, "claim_nonce": "nonce", "ranks": ranks, "to_step": 100}
-            session.add(make_attempt(job, **said, **times))
+            attempt = make_attempt(job, state=AttemptState.RUNNING, claim_nonce="nonce", ranks=ranks, to_step=100)
+            attempt.created_at = attempt.submitted_at = attempt.last_report_at = attempt.last_progress_at = now
+            session.add(attempt)
             job.num_attempts = 1
         self.launcher.submit(attempt_id(job.id, 1))
         put_checkpoint(self.store, job, 1, 100)
@@ -124,7 +124,7 @@ class Race:
         """Cancel until the job has ended; what was answered."""
         self.start.wait(DEADLINE_S)
         assert self.users_go.wait(DEADLINE_S)
-        answers = []
+        answers: list[str] = []
         while not answers or not self.ended.wait(0.05):
             assert time.monotonic() < self.deadline
             try:
