@@ -148,6 +148,11 @@ class Eval(Every):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(256, description="Images per rank and forward pass.")
     few_shot: tuple[()] = Field((), description="Not available yet.")
 
+    @property
+    def happens(self) -> bool:
+        """Whether anything is evaluated at all."""
+        return self.at_end or any((self.every_steps, self.every_epochs, self.every_examples))
+
 
 __all__ = [
     "Checkpoint",

@@ -2,7 +2,7 @@
 
 The job is trained once undisturbed and once under fire. Under fire, every 10 to 30 seconds one of rank, driver, API,
 controller, object store and Ray head gets SIGKILL, or a rank SIGSTOP: first each of these seven, in an order that the
-seed chooses, then any of them. At the end: weights, moments and logged losses bit-equal, one lineage, no process left.
+seed chooses, then any of them; after two hits without a new checkpoint it waits for one. At the end: weights, moments and logged losses bit-equal, one lineage, no process left.
 Exits with 1 where that does not hold.
 """
 
@@ -36,6 +36,10 @@ VICTIMS = ("rank", "stop a rank", "driver", "API", "controller", "object-store",
 ALL_FROM_MINUTES = 6.0
 """From so many minutes on every kind of victim has to be hit."""
 LOOK_AGAIN_S = 1.0
+EVERY = 50
+"""Steps from one checkpoint to the next."""
+IN_VAIN = 2
+"""So many hits may come before the job has a new checkpoint: on a busy machine it would never end otherwise."""
 STEPS_PER_MINUTE = 1200
 """Of this job on two cores; the soak lasts as long as the job does."""
 
@@ -48,6 +52,9 @@ class Soak:
         self.hits: Counter[str] = Counter()
         self.first = self.random.sample(VICTIMS, len(VICTIMS))
         """Who is still to be hit before chance decides."""
+        self.reached = 0
+        """The newest checkpoint's number, as far as steps tell."""
+        self.in_vain = 0
         self.begun = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -61,9 +68,10 @@ class Soak:
             return None
 
     def run(self, steps: int, harm: bool) -> JobPublic:
-        spec = pretraining(schedule__total_steps=steps, checkpoint__every_steps=50, checkpoint__keep_last=2)
+        spec = pretraining(schedule__total_steps=steps, checkpoint__every_steps=EVERY, checkpoint__keep_last=2)
         spec |= {"name": "under fire" if harm else "undisturbed", "retry": {"max_infra_failures": 1000}}
         spec["train"]["log_every_steps"] = 50
+        self.reached = self.in_vain = 0
         job_id = self.client.jobs.create(spec).id
         next_at = time.monotonic() + 15.0
         shown = 0.0
@@ -74,10 +82,16 @@ class Soak:
             if job is not None and time.monotonic() - shown > 5.0:
                 shown = time.monotonic()
                 self.say(f"{job.state}, step {job.progress.step} of {steps}, attempt {job.num_attempts}")
-            if harm and time.monotonic() > next_at:
+            self.note_progress(job)
+            if harm and time.monotonic() > next_at and self.in_vain < IN_VAIN:
                 pause_s = self.random.uniform(10.0, 30.0) if self.harm(job) else LOOK_AGAIN_S
                 next_at = time.monotonic() + pause_s
             time.sleep(0.5)
+
+    def note_progress(self, job: JobPublic | None) -> None:
+        reached = job.attempts[-1].to_step // EVERY if job is not None and job.attempts else 0
+        if reached > self.reached:
+            self.reached, self.in_vain = reached, 0
 
     def harm(self, job: JobPublic | None) -> bool:
         """Hit the next victim. False: there is none now (it is just being started); look for the same one again."""
@@ -93,23 +107,31 @@ class Soak:
         if self.first:
             self.first.pop(0)
         self.hits[victim] += 1
+        self.in_vain += 1
         self.say(f"{number.name} to {victim} ({pid})")
         return True
 
     def find(self, victim: str, job: JobPublic | None) -> int | None:
         if victim in ("rank", "stop a rank"):
-            # Of a living attempt only: the number of a process that has ended may be another's.
             last = job.attempts[-1] if job is not None and job.attempts else None
-            ranks = last.ranks if last is not None and last.state != "ENDED" else ()
-            return self.random.choice(ranks).pid if ranks else None
+            pids = [rank.pid for rank in last.ranks] if last is not None and last.state != "ENDED" else []
+            # The number of a process that has ended may be another's.
+            pid = self.random.choice(pids) if pids else None
+            return pid if pid in {process.pid for process in self.below_ray()} else None
         try:
             if victim == "driver":
-                below = psutil.Process(self.stack.pid("ray-head")).children(recursive=True)
+                below = self.below_ray()
                 return next((p.pid for p in below if "workers.driver" in " ".join(p.cmdline())), None)
             children = psutil.Process(self.stack.pid(victim)).children()
             return children[0].pid if children else None
         except (psutil.NoSuchProcess, AssertionError):
             return None  # it is just being started again
+
+    def below_ray(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.stack.pid("ray-head")).children(recursive=True)
+        except (psutil.NoSuchProcess, AssertionError):
+            return []
 
 
 def main() -> int:
@@ -184,6 +206,9 @@ def judge(soak: Soak, minutes: float) -> int:
         holds = check()
         good = good and holds
         print(f"{'ok  ' if holds else 'FAIL'}  {what}")
+    if not good:
+        for event in soak.client.jobs.events(job.id):
+            print(f"{event.at:%H:%M:%S}  {event.type}: {event.message}")
     return 0 if good else 1
 
 
