@@ -2,8 +2,8 @@
 
 The job is trained once undisturbed and once under fire. Under fire, every 10 to 30 seconds one of rank, driver, API,
 controller, object store and Ray head gets SIGKILL, or a rank SIGSTOP: first each of these seven, in an order that the
-seed chooses, then any of them; after two hits without a new checkpoint it waits for one. At the end: weights, moments and logged losses bit-equal, one lineage, no process left.
-Exits with 1 where that does not hold.
+seed chooses, then any of them; after two hits without a new checkpoint it waits for one. At the end: weights, moments
+and logged losses bit-equal, one lineage, no process left. Exits with 1 where that does not hold.
 """
 
 from __future__ import annotations
