@@ -121,7 +121,7 @@ class Soak:
         try:
             if victim == "driver":
                 below = self.below_ray()
-                return next((p.pid for p in below if "workers.driver" in " ".join(p.cmdline())), None)
+                return next((p.pid for p in below if "workers.driver" in p.cmdline()), None)
             children = psutil.Process(self.stack.pid(victim)).children()
             return children[0].pid if children else None
         except (psutil.NoSuchProcess, AssertionError):

@@ -27,6 +27,7 @@ from tests.faults.scene import (
 from tests.stack.jobs import finished, running_attempt, until
 
 pytestmark = pytest.mark.stack
+DRIVER = "workers.driver"
 
 
 def process_of(scene: Scene, needle: str) -> psutil.Process:
@@ -35,7 +36,9 @@ def process_of(scene: Scene, needle: str) -> psutil.Process:
     def probe() -> psutil.Process | None:
         for process in psutil.Process(scene.stack.pid("ray-head")).children(recursive=True):
             try:
-                if needle in " ".join(process.cmdline()):
+                # The driver by its own argument: the shell that started it says it too.
+                words = process.cmdline()
+                if needle in (words if needle == DRIVER else " ".join(words)):
                     return process
             except psutil.NoSuchProcess:
                 continue
@@ -50,12 +53,12 @@ def freeze(scene: Scene, job_id: str, step: int) -> None:
     until(f"{job_id} at step {step}", fired.exists)
 
 
-@pytest.mark.parametrize("needle", ["workers.driver", "JobSupervisor"])
+@pytest.mark.parametrize("needle", [DRIVER, "JobSupervisor"])
 def test_rows_10_11_the_driver_or_its_supervisor_is_killed(scene: Scene, needle: str) -> None:
     job = scene.submit()
     freeze(scene, job.id, EVERY + 5)
     scene.checkpoint_at(job.id, EVERY)
-    driver = process_of(scene, "workers.driver")
+    driver = process_of(scene, DRIVER)
     process_of(scene, needle).kill()
     until("the driver is gone", lambda: not is_running(driver.pid), 20)
     job = finished(scene.client, job.id)
@@ -82,7 +85,7 @@ def test_row_13_ray_says_failed_while_the_workers_live(scene: Scene) -> None:
     until("the zombie stands", stands.exists)
     scene.checkpoint_at(job.id, EVERY)
     attempt = scene.client.jobs.get(job.id).attempts[-1]
-    rank, driver = scene.pid_of_rank(job.id, 1), process_of(scene, "workers.driver").pid
+    rank, driver = scene.pid_of_rank(job.id, 1), process_of(scene, DRIVER).pid
     os.kill(driver, signal.SIGSTOP)
     # Ray calls the job failed and lists none of its actors or placement groups, though all of them run.
     with (
@@ -105,7 +108,7 @@ def test_row_13_ray_says_failed_while_the_workers_live(scene: Scene) -> None:
     first, second = job.attempts
     assert reasons(job.attempts) == ["DRIVER_LOST", "COMPLETED"]
     assert (first.to_step, second.from_step) == (EVERY + 5, EVERY)
-    assert checkpoint_id(job.id, 2 * EVERY, 1) in scene.messages(job.id, "checkpoint.ignored")
+    assert checkpoint_id(job.id, 2 * EVERY, 1) in scene.messages(job.id, "checkpoint.ignored"), scene.messages(job.id)
     counted = [c for c in scene.client.jobs.checkpoints(job.id) if c.available]
     assert [(c.step, c.attempt) for c in sorted(counted, key=lambda c: c.step)] == [(20, 1), (40, 2), (60, 2)]
     assert_exact(scene, job)
@@ -130,11 +133,11 @@ def test_row_16_the_control_plane_is_killed(scene: Scene, down_s: float) -> None
     running_attempt(scene.client, job.id, step=3)
     alone = {"workers": 1, "cpus_per_worker": 7, "gpus_per_worker": 0}
     short = {"schedule": {"total_steps": 2}, "eval": {"at_end": False}, "resources": alone}
-    waiting = [scene.submit(name=f"waiting-{number}", **short).id for number in range(3)]
+    waiting = [scene.submit(name=f"waiting-{number}", **short).id for number in range(2)]
     # Moved to the front, so that the order is not that of submission alone.
     waiting.insert(0, scene.submit(name="urgent", queue={"priority": 90}, **short).id)
     before = until("all have a place", lambda: places(scene, waiting), 20)
-    assert before == [1, 2, 3, 4]
+    assert before == [1, 2, 3]
     parts = ("API", "controller")
     if down_s:
         # Stopped, then killed: away for a while, without a word.
@@ -154,7 +157,7 @@ def test_row_16_the_control_plane_is_killed(scene: Scene, down_s: float) -> None
     assert_exact(scene, job)
     # Each has run once, in their order.
     done = [finished(scene.client, other) for other in waiting]
-    assert [reasons(other.attempts) for other in done] == [["COMPLETED"]] * 4
+    assert [reasons(other.attempts) for other in done] == [["COMPLETED"]] * 3
     started = [other.attempts[0].created_at for other in done]
     assert started == sorted(started)
     assert_nothing_left(scene, job)
