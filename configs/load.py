@@ -33,6 +33,7 @@ from configs.spec import (
     job_spec_adapter,
 )
 from configs.text import MAX_DEPTH, check_tree, parse_text, parse_value
+from configs.unused import unused_fields
 
 __all__ = [
     "FieldError",
@@ -239,7 +240,10 @@ def parse_spec(raw: Mapping[str, Any]) -> JobSpec:
     if not isinstance(kind, str) or kind not in KINDS:
         hint = close_matches(kind, KINDS) if isinstance(kind, str) else ""
         raise SpecError.at("/kind", f"unknown kind {show(kind)}: expected one of {names}.{hint}", kind, names)
-    return _validate(_plain_numbers(merged))
+    spec = _validate(_plain_numbers(merged))
+    if faults := unused_fields(raw, spec):
+        raise SpecError(faults)
+    return spec
 
 
 def _validate(document: dict[str, Any]) -> JobSpec:

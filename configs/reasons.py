@@ -48,20 +48,30 @@ class ReasonRow:
     """The job's state if no new attempt follows."""
     retry: RetryClass
     advice: str
-    """What the user can do next, in one sentence."""
+    """What the user can do next. Shown with a job that has ended so, and with each attempt that did."""
 
 
+_GO_ON = "`patchwork retry` goes on from the last checkpoint"
 _F, _C, _S = JobState.FAILED, JobState.CANCELLED, JobState.SUCCEEDED
 EXIT_REASONS: dict[ExitReason, ReasonRow] = {
     ExitReason.COMPLETED: ReasonRow(_S, "never", "Fetch the checkpoint with `patchwork fetch`."),
     ExitReason.USER_CANCELLED: ReasonRow(_C, "never", "Start again from the last checkpoint with `patchwork retry`."),
     ExitReason.PAUSED: ReasonRow(JobState.PAUSED, "free", "Resume the job when you wish."),
     ExitReason.PREEMPTED: ReasonRow(_F, "free", "Nothing to do: it continues when its turn comes."),
-    ExitReason.USER_ERROR: ReasonRow(_F, "user", "Read the error and the last lines of the rank that failed first."),
+    ExitReason.USER_ERROR: ReasonRow(
+        _F, "user", f"Read the error and the last lines of the rank that failed first, mend it, then {_GO_ON}."
+    ),
     ExitReason.SPEC_INVALID: ReasonRow(_F, "never", "Correct the field that the error names and submit again."),
-    ExitReason.DATA_ERROR: ReasonRow(_F, "user", "Check that the data set is complete under the node's data root."),
+    ExitReason.DATA_ERROR: ReasonRow(
+        _F,
+        "user",
+        "Repair the data set that the error names, under the data root of every node (or choose another with "
+        f"data.source), then {_GO_ON}.",
+    ),
     ExitReason.NAN_LOSS: ReasonRow(
-        _F, "user", "Lower optim.lr, lengthen the warm-up, or clip gradients (optim.clip_grad_norm: 1)."
+        _F,
+        "user",
+        "Lower optim.lr, lengthen schedule.warmup_steps, or clip gradients (optim.clip_grad_norm: 1); submit again.",
     ),
     ExitReason.LOSS_SPIKE: ReasonRow(
         _F,
@@ -70,37 +80,76 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
         "(optim.clip_grad_norm: 1).",
     ),
     ExitReason.OOM_GPU: ReasonRow(
-        _F, "user", "Halve train.micro_batch_size, or turn on train.activation_checkpointing, or raise zero.stage."
+        _F,
+        "user",
+        "Halve train.micro_batch_size, or turn on train.activation_checkpointing, or raise zero.stage, and submit "
+        "again.",
     ),
-    ExitReason.OOM_HOST: ReasonRow(_F, "infra", "Lower data.loader_workers or ask for fewer workers on a node."),
-    ExitReason.WORKER_LOST: ReasonRow(_F, "infra", "A worker process vanished; see the node's health."),
-    ExitReason.WORKER_HUNG: ReasonRow(_F, "infra", "A rank made no progress; see the rank named in the error."),
-    ExitReason.DRIVER_LOST: ReasonRow(_F, "infra", "The attempt's driver vanished; see the cluster's head."),
-    ExitReason.NODE_LOST: ReasonRow(_F, "infra", "A node left the cluster."),
-    ExitReason.CLUSTER_LOST: ReasonRow(_F, "infra", "The Ray cluster was replaced by another one."),
-    ExitReason.START_TIMEOUT: ReasonRow(_F, "infra", "The workers did not start in time; see `patchwork cluster`."),
+    ExitReason.OOM_HOST: ReasonRow(
+        _F,
+        "infra",
+        "Lower data.loader_workers or resources.workers, raise zero.stage, or give the nodes more memory; then submit "
+        f"again, or {_GO_ON}.",
+    ),
+    ExitReason.WORKER_LOST: ReasonRow(
+        _F,
+        "infra",
+        "A worker's process vanished: its last lines and its node's kernel log (dmesg) may say why. When the node is "
+        f"well, {_GO_ON}.",
+    ),
+    ExitReason.WORKER_HUNG: ReasonRow(
+        _F,
+        "infra",
+        "A rank made no progress: its stacks are the last lines of its log. Where it waited for data, look at the data "
+        f"root; in a collective, at the network between the nodes. Then {_GO_ON}.",
+    ),
+    ExitReason.DRIVER_LOST: ReasonRow(
+        _F,
+        "infra",
+        f"The attempt's driver vanished: look at memory and log of the cluster's head node, then {_GO_ON}.",
+    ),
+    ExitReason.NODE_LOST: ReasonRow(
+        _F, "infra", f"A node left the cluster: bring it back or do without it (`patchwork cluster`), then {_GO_ON}."
+    ),
+    ExitReason.CLUSTER_LOST: ReasonRow(
+        _F,
+        "infra",
+        "The Ray cluster went away and another took its place: find out why its head ended (`patchwork cluster` shows "
+        f"the new one), then {_GO_ON}.",
+    ),
+    ExitReason.START_TIMEOUT: ReasonRow(
+        _F,
+        "infra",
+        "The workers did not all start: see in `patchwork cluster` whether its nodes have room for resources.workers, "
+        f"and in the driver's log what they waited for (`patchwork logs --stream driver`); then {_GO_ON}.",
+    ),
     ExitReason.STORAGE_ERROR: ReasonRow(
-        _F, "infra", "The object store could not be used; check its health and credentials."
+        _F, "infra", f"The object store could not be used: check that it answers and has room, then {_GO_ON}."
     ),
     ExitReason.STORAGE_REFUSED: ReasonRow(
         _F,
         "user",
-        "The object store refused the workers: mend their keys, policy or bucket, then `patchwork retry` goes on from "
-        "the last checkpoint.",
+        f"The object store refused the workers: mend their keys, policy or bucket, then {_GO_ON}.",
     ),
     ExitReason.CHECKPOINT_CORRUPT: ReasonRow(
-        _F, "infra", "A checkpoint failed verification; the one before it is used."
+        _F,
+        "infra",
+        f"A checkpoint failed verification: check the object store's disks; {_GO_ON} before that one.",
     ),
-    ExitReason.FENCED: ReasonRow(_F, "infra", "A newer attempt took over; this one stopped itself."),
-    ExitReason.CRASH_LOOP: ReasonRow(_F, "never", "The same failure came back without progress; read its error."),
-    ExitReason.DEADLINE: ReasonRow(_F, "never", "Raise queue.deadline_s, or retry from the last checkpoint."),
+    ExitReason.FENCED: ReasonRow(_F, "infra", "Nothing to do: a newer attempt took over, and this one stopped itself."),
+    ExitReason.CRASH_LOOP: ReasonRow(
+        _F, "never", f"The same failure came back without progress: mend what its error names, then {_GO_ON}."
+    ),
+    ExitReason.DEADLINE: ReasonRow(
+        _F, "never", f"Submit again with a larger queue.deadline_s, or {_GO_ON} with as much time again."
+    ),
     ExitReason.DEPENDENCY_FAILED: ReasonRow(
         _C,
         "never",
         "A job in queue.depends_on ended without success: retry that one, then submit this with its new id.",
     ),
     ExitReason.PLATFORM_ERROR: ReasonRow(
-        _F, "infra", "This is a fault of Patchwork; please report it with the job's id."
+        _F, "infra", "This is a fault of Patchwork; please report it with the job's id and the last lines of its log."
     ),
 }
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
-from configs.data import DataConfig
+from configs.data import Augment, DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.model import (
@@ -132,7 +132,7 @@ def _training(
         "data": data.model_dump(mode="json"),
         "schedule": _schedule(spec.schedule, num_examples, batch),
         "train": spec.train.model_dump(mode="json") | {"micro_batch_size": micro_batch_size},
-        "checkpoint": _cadence(spec.checkpoint, num_examples, batch),
+        "checkpoint": _checkpoint(spec, num_examples, batch),
         "eval": _cadence(spec.eval, num_examples, batch),
     }
 
@@ -302,6 +302,12 @@ def _cadence(every: Every, num_examples: int, batch: int) -> dict[str, Any]:
     return every.model_dump(mode="json") | {"every_steps": resolved, "every_epochs": None, "every_examples": None}
 
 
+def _checkpoint(spec: PretrainJob | FinetuneJob, num_examples: int, batch: int) -> dict[str, Any]:
+    """Without evaluation no checkpoint is a best one."""
+    resolved = _cadence(spec.checkpoint, num_examples, batch)
+    return resolved if spec.eval.happens else resolved | {"keep_best": 0}
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------------
 def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheckpoint | None) -> dict[str, Any]:
     if source is None:
@@ -339,6 +345,8 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
         faults.extend(error.errors)
     if faults:
         raise SpecError(faults)
+    # What was only for training (the checkpoint's own data says it too) is no part of an evaluation.
+    data = data.model_copy(update={"subset": None, "augment": Augment(), "mix": None})
     height, width = source.model.image_size
     image_size = spec.image_size or (height if height == width else None)
     return {"data": data.model_dump(mode="json"), "image_size": image_size}

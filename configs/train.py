@@ -186,6 +186,11 @@ class Eval(Every):
         """Jobs stored before there was few-shot evaluation hold an empty list."""
         return None if value in ([], ()) else value
 
+    @property
+    def happens(self) -> bool:
+        """Whether anything is evaluated at all."""
+        return self.at_end or any((self.every_steps, self.every_epochs, self.every_examples))
+
 
 __all__ = [
     "Checkpoint",

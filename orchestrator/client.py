@@ -1,6 +1,7 @@
 """The Python client: every call returns a model of `schemas`, every error is a PatchworkError (`connection`).
 
-Requests that may be repeated safely are: reads, submissions (each carries an Idempotency-Key), cancellations.
+Requests that may be repeated safely are: reads, submissions, retries and resumptions (each carries an
+Idempotency-Key), cancellations, pauses.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Jobs:
         return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/pause")
 
     def resume(self, job_id: str) -> JobPublic:
-        return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/resume")
+        return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/resume", key=uuid.uuid4().hex)
 
     def retry(self, job_id: str, resume: bool = True) -> JobPublic:
         """Submit a failed or cancelled job again, from its last checkpoint or (`resume` false) from the start. Returns

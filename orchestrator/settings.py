@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Everything the API and the controller need. `patchwork up` writes it as a 0600 file for its children."""
 
-    model_config = SettingsConfigDict(env_prefix="PATCHWORK_", extra="ignore", frozen=True)
+    # What is wrong may be a secret: errors name the setting, not its value.
+    model_config = SettingsConfigDict(env_prefix="PATCHWORK_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     database_url: str = Field("sqlite:///patchwork.db", description="sqlite:///path or postgresql+psycopg://…")
     s3_endpoint: str | None = Field(None, description="URL of an S3-compatible service; left out: AWS.")

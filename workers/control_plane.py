@@ -6,18 +6,23 @@ A control plane that answers "superseded" ends the attempt.
     ControlPlaneError
     ├── Superseded    409 or 410: a newer attempt took over, or this one has ended
     ├── Refused       the report itself is wrong (400, 413, 422): sending it again would not help
-    └── Unreachable   anything else: no answer, 5xx, a proxy's error
+    └── Unreachable   anything else: no answer, 5xx, a proxy's error, an answer that cannot be read
 """
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
+import structlog
+from pydantic import BaseModel, ValidationError
 
 from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply
 
+log = structlog.get_logger(__name__)
+Reply = TypeVar("Reply", ClaimReply, ReportReply)
 SPOOL_BYTES = 64 * 1024 * 1024
 
 
@@ -52,19 +57,21 @@ class ControlPlane:
 
     def claim(self, request: ClaimRequest) -> ClaimReply:
         """Takes the attempt for this driver. The same nonce may claim again. Raises ControlPlaneError."""
-        return ClaimReply.model_validate_json(self._post("claim", request.model_dump_json()))
+        return self._post(ClaimReply, "claim", request)
 
     def report(self, batch: ReportBatch) -> ReportReply:
         """Sends a batch; one that was received before changes nothing. Raises ControlPlaneError."""
-        return ReportReply.model_validate_json(self._post("reports", batch.model_dump_json()))
+        return self._post(ReportReply, "reports", batch)
 
     def close(self) -> None:
         self._client.close()
 
-    def _post(self, action: str, body: str) -> bytes:
+    def _post(self, reply_type: type[Reply], action: str, body: BaseModel) -> Reply:
         try:
             reply = self._client.post(
-                f"{self._path}/{action}", content=body, headers={"Content-Type": "application/json"}
+                f"{self._path}/{action}",
+                content=body.model_dump_json(),
+                headers={"Content-Type": "application/json"},
             )
         except httpx.HTTPError as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from error
@@ -75,18 +82,24 @@ class ControlPlane:
             raise Refused(text)
         if not reply.is_success:
             raise Unreachable(text)
-        return reply.content
+        try:
+            return reply_type.model_validate_json(reply.content)
+        except ValidationError as error:
+            # Some other server's page (a proxy's, a portal's): whatever was sent has not arrived.
+            raise Unreachable(f"no {reply_type.__name__}: {text}") from error
 
 
 class Spool:
-    """Batches waiting on disk, in order of `seq`. When they outgrow their bound the oldest metrics are thinned, every
-    second point of a batch at a time; events and checkpoints are kept."""
+    """Batches waiting on disk, in order of `seq`; those that the disk does not take (it is full) wait in memory. When
+    they outgrow their bound the oldest metrics are thinned, every second point of a batch at a time; events and
+    checkpoints are kept."""
 
     def __init__(self, directory: Path, max_bytes: int = SPOOL_BYTES) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._dir = directory
         self._max_bytes = max_bytes
         self._sizes: dict[int, int] = {}
+        self._in_memory: dict[int, bytes] = {}
         for path in sorted(directory.glob("*.json")):
             self._sizes[int(path.stem)] = path.stat().st_size
 
@@ -98,11 +111,19 @@ class Spool:
         self._thin()
 
     def first(self) -> ReportBatch | None:
-        """The oldest batch."""
-        return self._read(min(self._sizes)) if self._sizes else None
+        """The oldest batch. One that the disk does not give back is dropped: it must not hold up the others."""
+        while self._sizes:
+            seq = min(self._sizes)
+            try:
+                return self._read(seq)
+            except (OSError, ValueError) as error:
+                log.error("A report that waited on disk is lost.", seq=seq, error=str(error))
+                self.remove(seq)
+        return None
 
     def remove(self, seq: int) -> None:
         self._sizes.pop(seq)
+        self._in_memory.pop(seq, None)
         self._path(seq).unlink(missing_ok=True)
 
     def _thin(self) -> None:
@@ -119,12 +140,22 @@ class Spool:
     def _write(self, batch: ReportBatch) -> None:
         data = batch.model_dump_json().encode()
         temporary = self._dir / f"{batch.seq}.new"
-        temporary.write_bytes(data)
-        temporary.replace(self._path(batch.seq))
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(self._path(batch.seq))
+        except OSError as error:
+            if not self._in_memory:
+                log.warning("Reports wait in memory: the disk does not take them.", error=str(error))
+            self._in_memory[batch.seq] = data
+            # A part of it may lie there and take the room that others need.
+            with suppress(OSError):
+                temporary.unlink()
+        else:
+            self._in_memory.pop(batch.seq, None)
         self._sizes[batch.seq] = len(data)
 
     def _read(self, seq: int) -> ReportBatch:
-        return ReportBatch.model_validate(json.loads(self._path(seq).read_bytes()))
+        return ReportBatch.model_validate_json(self._in_memory.get(seq) or self._path(seq).read_bytes())
 
     def _path(self, seq: int) -> Path:
         return self._dir / f"{seq:010d}.json"

@@ -27,6 +27,7 @@ from configs.layout import log_chunk_key
 from configs.wire import LogLine
 from workers.logs import log_path, node_log_dir, parse_line, tail
 from workers.node import load_node_settings, open_store
+from workers.oom import num_oom_kills
 from workers.store import AlreadyExists, ObjectStore, StoreError
 
 log = structlog.get_logger(__name__)
@@ -124,9 +125,12 @@ def _split_newlines(block: bytes) -> list[bytes]:
 
 
 class Courier:
-    """Ships all files of an attempt on this node from a thread of its own."""
+    """Ships all files of an attempt on this node from a thread of its own. The kernel's counters lie under `root`."""
 
-    def __init__(self, attempt_id: str, log_dir: Path, node_id: str, store: ObjectStore) -> None:
+    def __init__(
+        self, attempt_id: str, log_dir: Path, node_id: str, store: ObjectStore, root: Path = Path("/")
+    ) -> None:
+        self._root = root
         self._dir = node_log_dir(log_dir, attempt_id, node_id)
         self._attempt_id = attempt_id
         self._store = store
@@ -135,6 +139,7 @@ class Courier:
         self._stop = threading.Event()
         self._flushes: list[threading.Event] = []
         self._lock = threading.Lock()
+        self._oom_kills_before = num_oom_kills(root)
         remove_old_logs(log_dir, KEEP_LOGS_S)
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         self._thread.start()
@@ -156,6 +161,11 @@ class Courier:
     def last_lines(self, stream: str, num_lines: int) -> tuple[str, ...]:
         """The end of one stream on this node."""
         return tail(log_path(self._dir, stream), num_lines)
+
+    def num_oom_kills(self) -> int:
+        """How many processes the kernel has killed on this node for lack of memory since the attempt came here."""
+        now = num_oom_kills(self._root)
+        return 0 if now is None or self._oom_kills_before is None else now - self._oom_kills_before
 
     def dump_stacks(self, pids: Collection[int]) -> None:
         """Asks our ranks among these processes to write the stacks of all their threads into their files (SIGUSR1)."""
@@ -220,6 +230,9 @@ class NodeCourier:
     def last_lines(self, stream: str, num_lines: int) -> tuple[str, ...]:
         return self._courier.last_lines(stream, num_lines)
 
+    def num_oom_kills(self) -> int:
+        return self._courier.num_oom_kills()
+
     def dump_stacks(self, pids: Collection[int]) -> None:
         self._courier.dump_stacks(pids)
 
@@ -263,6 +276,12 @@ class Couriers:
             return self._own.last_lines(stream, num_lines)
         lines: tuple[str, ...] = self._ask(node_id, "last_lines", stream, num_lines) or ()
         return lines
+
+    def num_oom_kills(self, node_id: str) -> int:
+        """How many processes the kernel has killed on a node for lack of memory; 0 if the node does not answer."""
+        if node_id == self._own_node_id:
+            return self._own.num_oom_kills()
+        return int(self._ask(node_id, "num_oom_kills") or 0)
 
     def dump_stacks(self, node_id: str, pids: Collection[int]) -> None:
         """Makes ranks on a node write their threads' stacks into their output."""

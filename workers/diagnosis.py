@@ -44,6 +44,8 @@ class Vanished:
     error_type: str = ""
     message: str = ""
     node_is_gone: bool = False
+    num_oom_kills: int = 0
+    """Processes that the kernel killed on its node for lack of memory since the attempt began there."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,9 @@ def _from_vanished(lost: Vanished, world_size: int) -> Verdict:
         return Verdict(
             ExitReason.NODE_LOST, f"Node {lost.node or '?'} with rank {lost.rank} left the cluster.", failure
         )
+    if lost.num_oom_kills:
+        text = f"Rank {lost.rank}{where} vanished as the kernel killed a process there for lack of memory."
+        return Verdict(ExitReason.OOM_HOST, text, failure)
     if _OOM_HOST.search(f"{lost.error_type} {lost.message}"):
         return Verdict(ExitReason.OOM_HOST, f"Rank {lost.rank}{where} was killed for lack of memory.", failure)
     text = f"The process of rank {lost.rank} (of {world_size}){where} vanished."

@@ -231,7 +231,8 @@ def _evidence(
         node = info.node if info else ""
         if failure.has_died:
             is_gone = info is not None and not run.is_node_alive(info.node_id)
-            vanished.append(Vanished(rank, node, failure.error_type, failure.message, is_gone))
+            oom_kills = run.couriers.num_oom_kills(info.node_id) if info is not None and not is_gone else 0
+            vanished.append(Vanished(rank, node, failure.error_type, failure.message, is_gone, oom_kills))
         else:
             raised = RankEnd(
                 rank, ExitReason.PLATFORM_ERROR, node, failure.message, error_type=failure.error_type, order=len(ends)

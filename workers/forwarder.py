@@ -88,7 +88,7 @@ class Forwarder:
             try:
                 self._deliver(batches)
             except Exception:
-                # A full disk, a reply that cannot be read: reports may be lost, reporting must not be.
+                # Nothing known ends here; if something does, these reports may be lost, reporting must not be.
                 log.error("Reports could not be handled.", exc_info=True)
             if finishing and not self._spool:
                 return

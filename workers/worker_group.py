@@ -123,9 +123,10 @@ class RayTrainWorkerGroup:
             self._end = GroupEnd(failures={rank: _process_failure(e) for rank, e in error.worker_failures.items()})
         except ControllerError as error:
             failure = error.controller_failure
+            has_timed_out = isinstance(failure, WorkerGroupStartupTimeoutError)
             self._end = GroupEnd(
-                error=_text(failure),
-                timed_out_start=isinstance(failure, WorkerGroupStartupTimeoutError),
+                error=f"Ray could not place all workers in time. {_text(failure)}" if has_timed_out else _text(failure),
+                timed_out_start=has_timed_out,
                 died_starting=isinstance(failure, WorkerGroupStartupFailedError),
             )
         except Exception as error:  # noqa: BLE001 - whatever ends the group is a finding for the diagnosis

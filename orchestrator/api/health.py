@@ -23,7 +23,8 @@ async def healthz(request: Request) -> Health:
     "/readyz", operation_id="readyz", responses={503: {"model": Readiness, "description": "A required part is away."}}
 )
 def readyz(request: Request, response: Response) -> Readiness:
-    """Every part the service needs. Without a controller or Ray the API works, and jobs wait."""
+    """Whether this API can take requests: 503 where the database or the store, which it needs, is away. Without a
+    controller or Ray it works, and jobs wait: these checks are shown, and are not `required`."""
     probe: ReadinessProbe = request.app.state.readiness
     readiness = probe.look()
     if not readiness.ready:

@@ -144,10 +144,16 @@ def pause_job(
 
 @router.post("/jobs/{job_id}/resume", status_code=202, operation_id="resume_job", responses=_STEERED)
 def resume_job(
-    services: ServicesDep, actor: Member, job_id: JobId, response: Response, if_match: IfMatch = None
+    services: ServicesDep,
+    actor: Member,
+    job_id: JobId,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> JobPublic:
-    """Let a paused job back into the queue."""
-    return _with_etag(jobs.resume_job(services.db, actor, job_id, if_match), response)
+    """Let a paused job back into the queue. With an Idempotency-Key it may be asked again."""
+    key = key_for(actor, idempotency_key, b"resume_job", job_id.encode())
+    return _with_etag(jobs.resume_job(services.db, actor, job_id, if_match, key), response)
 
 
 def _with_etag(job: JobPublic, response: Response) -> JobPublic:

@@ -169,5 +169,5 @@ def _print_summary(job: JobPublic, out: Console) -> None:
         )
     if job.state == "SUCCEEDED" and job.kind in ("pretrain", "finetune"):
         out.print(f"  weights     patchwork fetch {job.id}/best")
-    elif job.advice and job.state != "SUCCEEDED":
-        out.print(f"  next        {escape(job.advice)}")
+    for line in output.failure(job):
+        out.print(line)

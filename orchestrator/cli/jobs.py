@@ -193,8 +193,8 @@ def _print_job(job: JobPublic) -> None:
     for label, value in (("preset", job.preset), ("init from", job.init_from), ("retry of", job.retry_of)):
         if value:
             out.print(f"  {label:<11} {escape(value)}")
-    if job.advice and job.state != "SUCCEEDED":
-        out.print(f"  next        {escape(job.advice)}")
+    for line in output.failure(job):
+        out.print(line)
     if job.attempts:
         rows = [
             (

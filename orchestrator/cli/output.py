@@ -27,6 +27,7 @@ STATE_STYLES = {
     "FAILED": "bold red",
     "CANCELLED": "red",
 }
+LAST_LINES = 15
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -75,6 +76,33 @@ def explanation(job: JobPublic) -> str:
     if not job.reason or job.reason == "COMPLETED" or job.reason in message:
         return message
     return f"{job.reason}: {message}" if message else job.reason
+
+
+def printable(text: str) -> str:
+    """Text of a job with what could move the terminal's cursor escaped."""
+    return "".join(c if c in "\t\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def failure(job: JobPublic) -> list[str]:
+    """What a job that ended badly, or recovers, says of it: the rank that failed first, its last lines, and what to do
+    next. Lines of markup; none for a job that is well."""
+    last = job.attempts[-1] if job.attempts else None
+    if job.state not in ("FAILED", "CANCELLED", "RECOVERING"):
+        return []
+    lines = []
+    if last is not None and last.first_failure is not None:
+        first = last.first_failure
+        where = f" on {first.node}" if first.node else ""
+        kind = f" ({first.error_type})" if first.error_type else ""
+        lines.append(f"  failed      rank {first.rank}{escape(where)} first{escape(kind)}; its last lines:")
+        said = first.last_lines[-LAST_LINES:] or ("(it left none)",)
+        lines += [f"    [dim]{escape(printable(line.rstrip()))}[/]" for line in said]
+    if last is not None and last.exit_reason not in ("USER_CANCELLED", "PAUSED", "PREEMPTED"):
+        lines.append(f"  all lines   patchwork logs {job.id}")
+    # A crash loop's cause, say, is its last attempt's.
+    cause = last.advice if last is not None and job.state == "FAILED" else None
+    lines += [f"  next        {escape(advice)}" for advice in dict.fromkeys((cause, job.advice)) if advice]
+    return lines
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -149,6 +149,17 @@ def start_detached(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+    try:
+        _await_ready(directory, process, log_path, out)
+    except KeyboardInterrupt:
+        # It has a terminal of its own, so to speak: Ctrl-C did not reach it.
+        out.print("Interrupted: stopping what was started …")
+        _end(process)
+        raise
+
+
+def _await_ready(directory: DataDir, process: subprocess.Popen[bytes], log_path: Path, out: Console) -> None:
+    """Show the steps of the stack that starts in `process` until it is ready. Raises StackError."""
     steps = Steps(out)
     shown: dict[str, str] = {}
     with steps:
@@ -166,8 +177,18 @@ def start_detached(
                     break
             time.sleep(0.1)
         else:
-            process.terminate()
+            _end(process)
             raise StackError(f"not ready after {_START_TIMEOUT_S:.0f} s; see {log_path}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a stack that is starting; its guardians end everything below it."""
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def down(data_dir: DataDirectory = None) -> None:

@@ -57,8 +57,7 @@ def logs(
 
 def _plain(line: LogLine) -> str:
     """A line for people; what could move the terminal's cursor is escaped."""
-    safe = "".join(c if c in "\t\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in line.msg)
-    message = safe.rstrip("\n").replace("\n", "\n    ")
+    message = output.printable(line.msg).rstrip("\n").replace("\n", "\n    ")
     return f"{line.t.astimezone():%H:%M:%S} {line.stream:<10} {line.level:<7} {message}\n"
 
 

@@ -114,6 +114,11 @@ class AskToLeave:
 
 
 @dataclass(frozen=True)
+class Withdraw:
+    """Forget an order to leave that the user took back before the attempt's workers had started."""
+
+
+@dataclass(frozen=True)
 class Kill:
     """Stop the driver by force. `reason`: what the attempt ended of, if it does not say itself."""
 
@@ -145,7 +150,7 @@ class Settle:
     next: Next
 
 
-Decision = Wait | Launch | Submit | MarkRunning | AskToLeave | Kill | Reap | End | Settle
+Decision = Wait | Launch | Submit | MarkRunning | AskToLeave | Withdraw | Kill | Reap | End | Settle
 
 
 def decide(
@@ -252,10 +257,14 @@ def _decide_alive(
         return Kill(None, "The driver stayed after it had written how the attempt ended.")
     if job.desired != Desired.RUN:
         return _decide_leaving(job, attempt, seen, now, settings)
+    is_ready = len(attempt.ranks) >= attempt.world_size
+    if attempt.stop_requested_at is not None and not is_ready:
+        # The next order's grace begins with that order.
+        return Withdraw()
     if policy.deadline_s is not None and seen.ran_s + _elapsed(attempt.created_at, now) > policy.deadline_s:
         message = f"The deadline of {policy.deadline_s:g} s of running time has passed."
         return AskToLeave(JobState.STOPPING, ExitReason.DEADLINE, message)
-    if len(attempt.ranks) < attempt.world_size:
+    if not is_ready:
         started = max(attempt.submitted_at or attempt.created_at, seen.watching_since)
         if _elapsed(started, now) > settings.start_timeout_s:
             heard = f"{len(attempt.ranks)} of {attempt.world_size} workers have reported"

@@ -21,6 +21,7 @@ from orchestrator.storage.tables import JobRow, LeaseRow
 
 LEADER = "leader"
 _WATCHED = (JobState.PREPARING, JobState.RUNNING, JobState.RECOVERING, JobState.PAUSING, JobState.STOPPING)
+_ENDED = tuple(state for state in JobState if state.is_terminal)
 _CLAIM_TRIES = 5
 
 
@@ -41,8 +42,8 @@ class LeaseLost(Exception):
 def claim_due(db: Database, owner: str, now: datetime, lease_s: float) -> Claim | None:
     """Take the job that has waited longest for a look, or None if none is due.
 
-    Due are live attempts whose next look has come, queued jobs that the scheduler let go, and jobs at rest whose
-    `desired` has changed.
+    Due are live attempts whose next look has come, queued jobs that the scheduler let go, jobs at rest whose `desired`
+    has changed, and jobs that have ended and whose checkpoints were not tidied up yet (these have a next look).
     """
     token = secrets.token_hex(16)
     expires_at = now + timedelta(seconds=lease_s)
@@ -126,6 +127,7 @@ def _is_due(now: datetime) -> ColumnElement[bool]:
         JobRow.state.in_(_WATCHED),
         and_(JobRow.state == JobState.QUEUED, or_(JobRow.start_workers.is_not(None), JobRow.desired != Desired.RUN)),
         and_(JobRow.state == JobState.PAUSED, JobRow.desired != Desired.PAUSE),
+        and_(JobRow.state.in_(_ENDED), JobRow.next_look_at.is_not(None)),
     )
     return and_(free, look_has_come, wants_change)
 

@@ -38,6 +38,7 @@ from orchestrator.control.decide import (
     Settle,
     Submit,
     Wait,
+    Withdraw,
     decide,
 )
 from orchestrator.control.launcher import Launcher, LauncherError
@@ -54,6 +55,7 @@ from orchestrator.storage.tables import AttemptRow, JobRow
 
 log = structlog.get_logger(__name__)
 AFTER_ERROR_S = 5.0
+TIDY_AGAIN_S = 60.0
 MAX_LOOK_S = 5.0
 """A user's order that arrives during a look is seen after so long at the latest: giving the job back overwrites its
 wake-up call."""
@@ -115,6 +117,8 @@ class Reconciler:
 
     def _handle(self, claim: Claim) -> datetime | None:
         facts = load_facts(self._db, claim.job_id)
+        if JobState(facts.job.state).is_terminal:
+            return self._tidy(claim)
         seen = self._observer.look(claim, facts)
         now = self._clock()
         decision = decide(facts.job, facts.attempt, seen, now, self._settings, facts.policy, self._jitter())
@@ -143,6 +147,9 @@ class Reconciler:
                 return self._later(self._settings.poll_s)
             case AskToLeave():
                 self._ask_to_leave(claim, decision)
+                return self._later(SOON_S)
+            case Withdraw():
+                self._withdraw(claim)
                 return self._later(SOON_S)
             case Kill():
                 return self._kill(claim, decision)
@@ -198,6 +205,15 @@ class Reconciler:
                     attempt=attempt.number,
                     at=now,
                 )
+            else:
+                job.reason, job.message = order.reason, order.message
+
+    def _withdraw(self, claim: Claim) -> None:
+        """The job stays PAUSING until its workers have started (RUNNING) or the attempt has left (QUEUED)."""
+        with self._db.session() as session:
+            job = guarded(session, claim)
+            _last(session, job).stop_requested_at = None
+            job.reason, job.message = None, "Resumed before it had left its workers."
 
     def _kill(self, claim: Claim, kill: Kill) -> datetime:
         now = self._clock()
@@ -228,7 +244,7 @@ class Reconciler:
             if job.desired != facts.job.desired:
                 return self._later(0.0)
             settle_job(session, job, following, self._clock())
-        return None
+        return self._tidy(claim) if following.state.is_terminal else None
 
     def _end(self, claim: Claim, facts: Facts, end: End) -> datetime | None:
         with self._db.session() as session:
@@ -240,17 +256,22 @@ class Reconciler:
             recovers = job.state == JobState.RECOVERING
             delay_s = (job.not_before - self._clock()).total_seconds() if job.not_before is not None else 0.0
         self._observer.forget(claim.job_id)
-        self._tidy(claim)
+        tidy_again_at = self._tidy(claim)
+        if end.next.state.is_terminal:
+            return tidy_again_at
         return self._later(delay_s) if recovers else None
 
-    def _tidy(self, claim: Claim) -> None:
-        """Retention and sweep. What fails here is done after the next attempt; the job has already moved on."""
+    def _tidy(self, claim: Claim) -> datetime | None:
+        """Retention and sweep, after each attempt and at the job's end; the job has already moved on. Returns when to
+        do it again: None if it is done."""
         try:
             claim = renew(self._db, claim, self._clock(), self._settings.lease_s)
             apply_retention(self._db, self._store, claim.job_id, self._clock())
             sweep(self._db, self._store, claim.job_id)
         except StoreError as error:
             log.warning("Old checkpoints were not tidied up.", job=claim.job_id, detail=str(error))
+            return self._clock() + timedelta(seconds=TIDY_AGAIN_S)
+        return None
 
     # -- conditions ----------------------------------------------------------------------
     def _note(self, claim: Claim, job: JobRow, condition: Condition | None) -> None:

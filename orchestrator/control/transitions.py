@@ -140,7 +140,8 @@ def transition(
         job.start_workers = None
     if to.is_terminal:
         job.ended_at = at
-        job.next_look_at = None
+        # What the job left is tidied up at once; should this process die before, the next one finds it due.
+        job.next_look_at = at
         job.not_before = None
     details = {"from": str(state), "to": str(to), **({"reason": reason} if reason else {}), **(data or {})}
     record(session, job.id, f"job.{to.lower()}", message, actor, attempt=attempt, data=details, at=at)

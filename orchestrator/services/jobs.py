@@ -22,6 +22,7 @@ from orchestrator.control.scheduling import Start, Wait, schedule
 from orchestrator.control.transitions import allowed_actions
 from orchestrator.schemas import JobPage, JobPublic, QueuePublic
 from orchestrator.services.auth import Actor
+from orchestrator.services.idempotency import Answer, Key, claim, remember
 from orchestrator.services.problems import Invalid, NotFound, PreconditionFailed, WrongState, field_error
 from orchestrator.services.public import etag, job_public
 from orchestrator.storage.db import Database
@@ -97,13 +98,16 @@ def pause_job(db: Database, actor: Actor, job_id: str, if_match: str | None = No
     return _desire(db, actor, job_id, Desired.PAUSE, "pause", if_match)
 
 
-def resume_job(db: Database, actor: Actor, job_id: str, if_match: str | None = None) -> JobPublic:
-    """Let a paused job back into the queue.
+def resume_job(
+    db: Database, actor: Actor, job_id: str, if_match: str | None = None, key: Key | None = None
+) -> JobPublic:
+    """Let a paused job back into the queue. Asked again with the same `key`, it changes nothing: who did not hear the
+    answer may ask once more, though by then the job is not paused any more.
 
     Raises:
-        NotFound, PreconditionFailed, WrongState: it is not paused.
+        NotFound, PreconditionFailed, KeyReused, WrongState: it is not paused.
     """
-    return _desire(db, actor, job_id, Desired.RUN, "resume", if_match)
+    return _desire(db, actor, job_id, Desired.RUN, "resume", if_match, key)
 
 
 def check_action(row: JobRow, action: str) -> None:
@@ -135,9 +139,19 @@ _EVENTS = {
 }
 
 
-def _desire(db: Database, actor: Actor, job_id: str, desired: Desired, action: str, if_match: str | None) -> JobPublic:
+def _desire(
+    db: Database,
+    actor: Actor,
+    job_id: str,
+    desired: Desired,
+    action: str,
+    if_match: str | None,
+    key: Key | None = None,
+) -> JobPublic:
     with db.session() as session:
         find_job(session, job_id)
+        if claim(session, key) is not None:
+            return publish(session, [find_job(session, job_id)])[0]
         row = lock_job(session, job_id)
         assert row is not None, "jobs are never deleted"
         if if_match is not None and if_match.strip() not in ("*", etag(row)):
@@ -153,6 +167,8 @@ def _desire(db: Database, actor: Actor, job_id: str, desired: Desired, action: s
             row.next_look_at = datetime.now(UTC)
             type_, message = _EVENTS[desired]
             record(session, job_id, type_, message, actor.name)
+        # The answer itself is not kept: what the job is now says more.
+        remember(session, key, Answer(202, b""))
         return publish(session, [row])[0]
 
 

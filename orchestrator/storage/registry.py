@@ -210,7 +210,10 @@ def _record_registered(session: Session, row: dict[str, Any]) -> None:
     if row["valid"]:
         record_committed(session, row["job_id"], row["attempt"], row["id"], RECONCILER)
         return
-    message = f"Checkpoint {row['id']} came after its attempt was succeeded: ignored"
+    message = (
+        f"Checkpoint {row['id']} was committed after another attempt had taken over from attempt {row['attempt']}: "
+    )
+    message += "it does not count"
     data = {"checkpoint_id": row["id"]}
     record(session, row["job_id"], "checkpoint.ignored", message, RECONCILER, attempt=row["attempt"], data=data)
 

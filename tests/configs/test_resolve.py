@@ -51,7 +51,7 @@ def test_everything_open_is_filled() -> None:
 
 
 def test_a_resolved_job_round_trips_and_resolving_again_changes_nothing() -> None:
-    spec = resolved(PRETRAIN, data__holdout="{fraction: 0.1}", checkpoint__every_epochs=0.5)
+    spec = resolved(PRETRAIN, data__holdout="{fraction: 0.1}", data__eval="train", checkpoint__every_epochs=0.5)
     stored = canonical_json(spec)
     assert load_resolved(stored) == spec
     assert canonical_json(load_resolved(stored)) == stored
@@ -121,7 +121,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 
 def test_subsets_and_holdouts_change_the_counts() -> None:
     def counts(**overrides: Any) -> tuple[int, int]:
-        spec = resolved(PRETRAIN, **overrides)
+        spec = resolved(PRETRAIN, **overrides, **({"data__eval": "train"} if "data__holdout" in overrides else {}))
         return num_train_examples(spec.data, CARD), num_eval_examples(spec.data, CARD)
 
     assert counts() == (1000, 200)
@@ -133,8 +133,11 @@ def test_subsets_and_holdouts_change_the_counts() -> None:
 
 
 def test_a_holdout_is_evaluated_instead_of_the_eval_split() -> None:
-    spec = resolved(PRETRAIN, data__holdout="{fraction: 0.1}", data__eval="no such split")
+    spec = resolved(PRETRAIN, data__holdout="{fraction: 0.1}", data__eval="train")
     assert spec.data.eval == "train"
+    # What a preset says of the split gives way to the holdout.
+    preset = {"preset": "demo/fashion-mnist-pretrain", "data": {"holdout": {"fraction": 0.1}}}
+    assert job(preset).data.holdout is not None
 
 
 def test_a_batch_must_fit_into_what_the_subset_leaves() -> None:
@@ -148,7 +151,7 @@ def test_too_large_a_subset_is_refused() -> None:
 
 
 def test_a_holdout_that_takes_everything_is_refused() -> None:
-    assert "/data/holdout/fraction" in faults(PRETRAIN, data__holdout="{fraction: 0.9999}")
+    assert "/data/holdout/fraction" in faults(PRETRAIN, data__eval="train", data__holdout="{fraction: 0.9999}")
 
 
 def test_all_faults_are_found_at_once() -> None:

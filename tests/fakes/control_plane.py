@@ -56,6 +56,8 @@ class FakeControlPlane:
     def __init__(self) -> None:
         self.attempts: dict[str, FakeAttempt] = {}
         self.unauthorised = 0
+        self.says_nonsense = False
+        """Answers 200 without taking anything, as a proxy's page does."""
         self._server: ThreadingHTTPServer | None = None
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
@@ -92,6 +94,8 @@ class FakeControlPlane:
             self._server = None
 
     def _answer(self, path: str, authorization: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        if self.says_nonsense:
+            return 200, {"title": "Welcome to the hotel's network"}
         *_, attempt_id, action = path.split("/")
         if authorization != f"Bearer {SECRET}":
             self.unauthorised += 1

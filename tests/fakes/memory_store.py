@@ -17,7 +17,8 @@ from orchestrator.storage.store import (
 
 
 class MemoryStore:
-    """`orchestrator.storage.store.ObjectStore` in memory. `fail_next` makes the next calls fail as if it were away;
+    """`orchestrator.storage.store.ObjectStore` in memory. `fail_next` makes the next calls, and `fail_delete` the
+    next deletions, fail as if it were away;
     `lose_next_reply` does the next put and then fails, as a lost reply does."""
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class MemoryStore:
         self.uploads: dict[tuple[str, str], dict[int, bytes]] = {}
         self.upload_began = datetime.now(UTC)
         self.fail_next = 0
+        self.fail_delete = 0
         self.lose_next_reply = False
         self._lock = threading.Lock()
 
@@ -63,6 +65,9 @@ class MemoryStore:
         return StoredObject(key, len(self.get(key)))
 
     def delete(self, keys: Iterable[str]) -> None:
+        if self.fail_delete > 0:
+            self.fail_delete -= 1
+            raise StoreUnavailable("nothing can be deleted")
         for key in keys:
             self._maybe_fail(key)
             self.objects.pop(key, None)

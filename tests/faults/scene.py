@@ -137,3 +137,14 @@ def is_running(pid: int) -> bool:
 
 def reasons(attempts: tuple[AttemptPublic, ...]) -> list[str | None]:
     return [attempt.exit_reason for attempt in attempts]
+
+
+def direct(scene: Scene) -> tuple[Any, str]:
+    """The store itself, beside the proxy."""
+    (server,) = [watched.part for watched in scene.stack._watched if watched.part.name == "object-store"]
+    return server.client(), server.bucket  # type: ignore[attr-defined]
+
+
+def objects(scene: Scene, prefix: str) -> list[str]:
+    s3, bucket = direct(scene)
+    return [entry["Key"] for entry in s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])]

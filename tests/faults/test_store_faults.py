@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from configs.layout import checkpoint_prefix, manifest_key
-from tests.faults.scene import EVERY, Scene, assert_exact, assert_nothing_left, is_running, reasons
+from tests.faults.scene import (
+    EVERY,
+    Scene,
+    assert_exact,
+    assert_nothing_left,
+    direct,
+    is_running,
+    objects,
+    reasons,
+)
 from tests.stack.jobs import final_weights, finished, until
 
 pytestmark = pytest.mark.stack
@@ -156,17 +165,6 @@ def test_rows_29_30_31_a_damaged_checkpoint_is_passed_over(
     assert key.rsplit("/", 1)[-1] in told or "some of its files are missing or have another size" in told
     assert_exact(scene, job)
     assert_nothing_left(scene, job)
-
-
-def direct(scene: Scene) -> tuple[Any, str]:
-    """The store itself, beside the proxy."""
-    (server,) = [watched.part for watched in scene.stack._watched if watched.part.name == "object-store"]
-    return server.client(), server.bucket  # type: ignore[attr-defined]
-
-
-def objects(scene: Scene, prefix: str) -> list[str]:
-    s3, bucket = direct(scene)
-    return [entry["Key"] for entry in s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])]
 
 
 def assert_same_weights(scene: Scene, job_id: str) -> None:

@@ -215,7 +215,17 @@ def test_pause_and_resume_write_what_is_desired(api: TestClient, db: Database) -
     assert api.post(f"/v1/jobs/{job_id}/pause").json()["desired"] == "pause"
     move(db, job_id, JobState.PAUSED)
     assert api.get(f"/v1/jobs/{job_id}").json()["allowed_actions"] == ["cancel", "resume"]
-    assert api.post(f"/v1/jobs/{job_id}/resume").json()["desired"] == "run"
+    key = {"Idempotency-Key": "resume-1"}
+    assert api.post(f"/v1/jobs/{job_id}/resume", headers=key).json()["desired"] == "run"
+    # Whose answer was lost asks again, and hears how the job is; whoever else asks is told that it is not paused.
+    again = api.post(f"/v1/jobs/{job_id}/resume", headers=key)
+    assert (again.status_code, again.json()["desired"]) == (202, "run")
+    assert api.post(f"/v1/jobs/{job_id}/resume").status_code == 409
+    # The same key does not resume what was paused since.
+    assert api.post(f"/v1/jobs/{job_id}/pause").status_code == 202
+    assert api.post(f"/v1/jobs/{job_id}/resume", headers=key).json()["desired"] == "pause"
+    other = submit(api)["id"]
+    assert api.post(f"/v1/jobs/{other}/resume", headers=key).json()["code"] == "idempotency_key_reused"
 
 
 @pytest.mark.db

@@ -183,6 +183,66 @@ def test_show_last_takes_the_newest_job(capsys: pytest.CaptureFixture[str]) -> N
     assert "Lower optim.lr." in out
 
 
+def failed_job(state: str = "FAILED") -> dict[str, Any]:
+    """A job whose only attempt ended of its data, as the API shows it."""
+    lines = [f"line {number}" for number in range(40)] + ["DataError: \x1b[2J[bold]a.png is no image"]
+    attempt = {
+        "id": f"att_{JOB.removeprefix('job_')}_0001",
+        "number": 1,
+        "state": "ENDED",
+        "world_size": 2,
+        "nodes": ["node-a", "node-b"],
+        "ranks": [],
+        "from_checkpoint": None,
+        "from_step": 0,
+        "to_step": 0,
+        "phase": "building",
+        "exit_reason": "DATA_ERROR",
+        "exit_message": "Rank 1: a.png is no image",
+        "first_failure": {"rank": 1, "node": "node-b", "error_type": "DataError", "message": "", "last_lines": lines},
+        "advice": "Repair the data set.",
+        "wasted_steps": 0,
+        "created_at": "2026-01-01T00:00:00Z",
+        "submitted_at": None,
+        "first_step_at": None,
+        "last_report_at": None,
+        "ended_at": "2026-01-01T00:00:09Z",
+    }
+    said = {"reason": "CRASH_LOOP", "message": "The same failure twice", "advice": "Mend what its error names."}
+    return job(state, attempts=[attempt], ended_at="2026-01-01T00:01:00Z", **said)
+
+
+@pytest.mark.parametrize("command", [("show", JOB), ("show", JOB, "--follow")])
+def test_a_job_that_failed_shows_cause_last_lines_and_advice(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    routes: Routes = {
+        ("GET", f"/v1/jobs/{JOB}"): ok(failed_job()),
+        ("GET", f"/v1/jobs/{JOB}/checkpoints"): ok({"items": []}),
+        **NO_EVENTS,
+    }
+    patchwork(routes, *command)
+    out = capsys.readouterr().out
+    assert "CRASH_LOOP: The same failure twice" in out
+    assert "rank 1 on node-b first (DataError); its last lines:" in out
+    assert "    line 39\n    DataError: \\x1b[2J[bold]a.png is no image\n" in out
+    assert "line 25" not in out, "the rest is in the log"
+    assert f"patchwork logs {JOB}" in out
+    assert out.index("next        Repair the data set.") < out.index("next        Mend what its error names.")
+
+
+def test_a_job_that_recovers_shows_what_failed_and_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    recovering = failed_job("RECOVERING") | {"advice": None, "ended_at": None}
+    routes: Routes = {
+        ("GET", f"/v1/jobs/{JOB}"): ok(recovering),
+        ("GET", f"/v1/jobs/{JOB}/checkpoints"): ok({"items": []}),
+    }
+    assert patchwork(routes, "show", JOB) == 0
+    out = capsys.readouterr().out
+    assert "rank 1 on node-b first" in out
+    assert "  next  " not in out
+
+
 def test_logs_escape_what_could_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     line = {"t": "2026-01-01T00:00:00Z", "stream": "rank-00000", "msg": "\x1b[2Jgone\nsecond"}
     pages = iter([{"lines": [line], "cursor": "c", "complete": False}, {"lines": [], "cursor": "c", "complete": True}])

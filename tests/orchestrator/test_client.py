@@ -84,6 +84,15 @@ def test_a_repeated_submission_carries_the_same_key() -> None:
     assert json.loads(first.content) == {"spec": {"kind": "pretrain"}, "overrides": {"optim.lr": 0.1}}
 
 
+def test_a_repeated_resumption_carries_the_same_key() -> None:
+    refused = httpx.Response(409, json={**PROBLEM, "status": 409})
+    handler, seen = answers(httpx.ReadTimeout("no answer"), refused)
+    with pytest.raises(ApiError):
+        client_of(handler).jobs.resume("job_x")
+    first, second = seen
+    assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"] != ""
+
+
 def test_making_a_token_is_never_repeated() -> None:
     handler, seen = answers(httpx.ReadTimeout("no answer"))
     with pytest.raises(Unreachable):

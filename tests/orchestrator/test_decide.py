@@ -23,6 +23,7 @@ from orchestrator.control.decide import (
     Settle,
     Submit,
     Wait,
+    Withdraw,
     decide,
 )
 from orchestrator.control.launcher import JobStatus, LaunchState
@@ -261,6 +262,7 @@ def test_cancelling_a_job_that_pauses() -> None:
 
 def test_a_pause_that_is_withdrawn_in_time() -> None:
     assert on({"state": JobState.PAUSING}, {"stop_requested_at": NOW}) == MarkRunning()
+    assert on({"state": JobState.PAUSING}, {"stop_requested_at": NOW, "ranks": {}}) == Withdraw()
 
 
 def test_deadline_counts_running_time_of_all_attempts() -> None:

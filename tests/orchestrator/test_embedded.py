@@ -288,6 +288,26 @@ def test_ctrl_c_while_starting_leaves_nothing(short_dir: Path) -> None:
 
 
 @pytest.mark.stack
+def test_ctrl_c_while_waiting_for_a_detached_stack_stops_it(short_dir: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PATCHWORK_")}
+    folder = short_dir / "data"
+    command = [sys.executable, "-m", "orchestrator.cli.main", "up", "--detach", "--port", "0", "--data-dir"]
+    with (short_dir / "out").open("wb") as out:
+        waiting = subprocess.Popen(
+            [*command, str(folder)], env=env, cwd=Path(__file__).parents[2], stdout=out, stderr=subprocess.STDOUT
+        )
+    eventually(lambda: b"Ray: starting" in (short_dir / "out").read_bytes(), timeout_s=90.0)
+    run = DataDir(folder).running()
+    assert run is not None
+    below = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(90) == 130, (short_dir / "out").read_text()
+    assert "Interrupted" in (short_dir / "out").read_text()
+    assert DataDir(folder).running() is None
+    assert not [p for p in below if alive(p.pid)]
+
+
+@pytest.mark.stack
 def test_a_port_that_is_taken_is_named(short_dir: Path) -> None:
     import socket
 

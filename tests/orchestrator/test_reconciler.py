@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from configs.wire import AttemptFile, DataSkip, ParentCut
 from orchestrator.control.launcher import LaunchState, NodeInfo
 from orchestrator.control.leases import claim_due
 from orchestrator.control.queue_view import schedule_queue, store_cluster
-from orchestrator.control.reconciler import Reconciler
+from orchestrator.control.reconciler import TIDY_AGAIN_S, Reconciler
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database
 from orchestrator.storage.registry import register_manifests
@@ -724,6 +724,78 @@ def test_pause_and_resume(world: World) -> None:
     job, attempt = world.job(job_id), world.attempts(job_id)[-1]
     assert (job.state, attempt.number, attempt.from_step) == (JobState.PREPARING, 2, 12)
     assert (job.wasted_steps, job.infra_failures, job.user_failures) == (0, 0, 0)
+
+
+class MortalStore(MemoryStore):
+    """Ends the process that deletes something, once."""
+
+    is_mortal = True
+
+    def delete(self, keys: Iterable[str]) -> None:
+        if self.is_mortal:
+            self.is_mortal = False
+            raise SystemExit
+        super().delete(keys)
+
+
+@pytest.mark.db
+@pytest.mark.parametrize("reason", [ExitReason.COMPLETED, ExitReason.USER_ERROR])
+def test_a_controller_that_dies_before_it_tidied_up_leaves_it_to_the_next(world: World, reason: ExitReason) -> None:
+    world.store = MortalStore()
+    world.restart()
+    job_id = world.start()
+    world.report(job_id, step=100)
+    put_checkpoint(world.store, world.job(job_id), 1, 100)
+    orphan = f"{checkpoint_prefix(job_id, 50, 1)}shards/weights-00000-of-00002.safetensors"
+    world.store.put(orphan, b"half a checkpoint")
+    world.end(job_id, reason, last_step=100)
+    with pytest.raises(SystemExit):
+        world.look()
+    ended = world.job(job_id)
+    assert JobState(ended.state).is_terminal
+    assert orphan in world.store.objects
+    world.restart()
+    world.look()
+    assert orphan in world.store.objects, "the dead one's lease still holds"
+    world.clock.advance(world.settings.lease_s)
+    world.look()
+    assert orphan not in world.store.objects
+    assert (world.job(job_id).state, world.job(job_id).version) == (ended.state, ended.version)
+    assert world.job(job_id).next_look_at is None, "done"
+
+
+def test_what_a_store_that_is_away_keeps_from_being_tidied_up_is_tidied_up_later(world: World) -> None:
+    job_id = world.start()
+    put_checkpoint(world.store, world.job(job_id), 1, 100)
+    orphan = f"{checkpoint_prefix(job_id, 50, 1)}shards/weights-00000-of-00002.safetensors"
+    world.store.put(orphan, b"half a checkpoint")
+    world.end(job_id, ExitReason.COMPLETED, last_step=100)
+    world.store.fail_delete = 1
+    world.look()
+    assert (world.job(job_id).state, orphan in world.store.objects) == (JobState.SUCCEEDED, True)
+    world.look(int(TIDY_AGAIN_S) + 1)
+    assert orphan not in world.store.objects
+
+
+def test_a_second_pause_while_preparing_has_a_grace_of_its_own(world: World) -> None:
+    job_id = world.submit()
+    world.schedule()
+    world.look()
+    for seconds in (59, 0):  # the second pause comes when the first one's grace would be over
+        world.desire(job_id, Desired.PAUSE)
+        world.look()
+        job, attempt = world.job(job_id), world.attempts(job_id)[-1]
+        assert (job.state, job.reason, job.message) == (JobState.PAUSING, ExitReason.PAUSED, "Pausing.")
+        assert attempt.stop_requested_at == world.clock()
+        world.desire(job_id, Desired.RUN)
+        world.look()
+        assert world.attempts(job_id)[-1].stop_requested_at is None
+        assert world.job(job_id).message == "Resumed before it had left its workers."
+        world.clock.advance(seconds)
+    assert world.launcher.stopped == []
+    world.report(job_id, step=0)
+    world.look()
+    assert world.job(job_id).state == JobState.RUNNING
 
 
 def test_a_cancellation_that_comes_while_a_yield_is_written_down_is_not_lost(world: World) -> None:

@@ -142,8 +142,13 @@ def test_what_a_zombie_commits_late_is_not_counted(db: Database, store: MemorySt
     assert steps(db, job, valid=False) == [200]
     with db.reader() as session:
         newest = newest_checkpoint(session, job.id)
+        (ignored,) = session.scalars(select(EventRow).where(EventRow.type == "checkpoint.ignored"))
     assert newest is not None
     assert newest.id == checkpoint_id(job.id, 150, 2)
+    late = checkpoint_id(job.id, 200, 1)
+    assert ignored.message == (
+        f"Checkpoint {late} was committed after another attempt had taken over from attempt 1: it does not count"
+    )
 
 
 def test_the_registry_comes_back_from_the_bucket_alone(db: Database, store: MemoryStore, job: JobRow) -> None:

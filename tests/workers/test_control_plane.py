@@ -177,6 +177,67 @@ def test_spool_survives_its_process(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["0000000002.json"]
 
 
+def test_an_answer_that_cannot_be_read_is_none(server: FakeControlPlane, tmp_path: Path) -> None:
+    line = forwarder(server, tmp_path)
+    line.claim(5.0)
+    line.start()
+    server.says_nonsense = True
+    line.put(drained(1))
+    poll(lambda: any((tmp_path / "spool").glob("*.json")))
+    assert not line.is_reachable
+    server.says_nonsense = False
+    attempt = server.attempt(ATTEMPT)
+    poll(lambda: attempt.values("train/loss") == {1: 1.0})
+    assert line.finish(10.0)
+    assert attempt.checkpoints == ["ckpt_1"]
+
+
+def test_what_a_full_disk_does_not_take_waits_in_memory(server: FakeControlPlane, tmp_path: Path) -> None:
+    line = forwarder(server, tmp_path)
+    line.claim(5.0)
+    line.start()
+    server.go_away()
+    # A folder where a file should be: writing fails, also for root, as on a full disk.
+    spool = tmp_path / "spool"
+    for seq in range(1, 4000):
+        (spool / f"{seq}.new").mkdir()
+    for step in range(1, 4):
+        line.put(drained(step))
+        poll(lambda: not line.is_reachable)
+    server.come_back()
+    attempt = server.attempt(ATTEMPT)
+    poll(lambda: len(attempt.values("train/loss")) == 3)
+    assert line.finish(10.0)
+    assert attempt.order == sorted(set(attempt.order))
+    assert attempt.checkpoints == [f"ckpt_{step}" for step in range(1, 4)]
+    assert not list(spool.glob("*.json"))
+
+
+def test_spool_keeps_its_order_and_its_bound_between_disk_and_memory(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=20_000)
+    spool.add(ReportBatch(seq=1, metrics=metrics(0, 100), checkpoints=("ckpt_1",)))
+    (tmp_path / "2.new").mkdir()
+    spool.add(ReportBatch(seq=2, metrics=metrics(0, 100), checkpoints=("ckpt_2",)))
+    spool.add(ReportBatch(seq=3, metrics=metrics(0, 100), checkpoints=("ckpt_3",)))
+    found = []
+    while (batch := spool.first()) is not None:
+        found.append(batch)
+        spool.remove(batch.seq)
+    assert [batch.checkpoints for batch in found] == [("ckpt_1",), ("ckpt_2",), ("ckpt_3",)]
+    assert len(found[0].metrics) < len(found[2].metrics) == 100
+    assert sum(len(batch.model_dump_json()) for batch in found) <= 20_000
+
+
+def test_a_spooled_report_that_cannot_be_read_holds_nobody_up(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for seq in (1, 2):
+        spool.add(ReportBatch(seq=seq))
+    (tmp_path / "0000000001.json").write_bytes(b'{"seq":')
+    first = spool.first()
+    assert first is not None
+    assert (first.seq, len(spool)) == (2, 1)
+
+
 def test_spool_is_bounded_and_thins_the_oldest_metrics_only(tmp_path: Path) -> None:
     event = WorkerEvent(type="note", message="kept", at=NOW)
     spool = Spool(tmp_path, max_bytes=100_000)

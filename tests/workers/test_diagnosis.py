@@ -58,6 +58,11 @@ TABLE = {
         ExitReason.OOM_HOST,
         1,
     ),
+    "killed by the kernel for memory": (
+        Evidence(2, ends(RESET), (Vanished(1, "b", "ActorDiedError", GONE.message, num_oom_kills=1),)),
+        ExitReason.OOM_HOST,
+        1,
+    ),
     "CUDA out of memory as an unknown error": (
         Evidence(1, ends(RankEnd(0, ExitReason.PLATFORM_ERROR, message="CUDA error: out of memory"))),
         ExitReason.OOM_GPU,

@@ -184,6 +184,25 @@ def test_completed(bench: Bench) -> None:
     assert attempt.checkpoints == [ckpt]
 
 
+def test_a_rank_that_the_kernel_killed_for_memory_is_told_from_one_that_vanished(bench: Bench, tmp_path: Path) -> None:
+    # What the kernel counts is the only thing that tells them apart.
+    counts = tmp_path / "proc" / "vmstat"
+    counts.parent.mkdir()
+    counts.write_text("pgfault 7\noom_kill 3\n")
+    bench.courier.close()
+    bench.courier = Courier(ATTEMPT, bench.log_dir, "own", bench.store, root=tmp_path)
+
+    def killed() -> GroupEnd:
+        counts.write_text("pgfault 9\noom_kill 4\n")
+        return GroupEnd({1: DIED})
+
+    written = bench.drive(bench.beat(5, 4), killed)
+    assert written.reason is ExitReason.OOM_HOST
+    assert written.message == "Rank 1 on host-1 vanished as the kernel killed a process there for lack of memory."
+    assert written.first_failure is not None
+    assert written.first_failure.rank == 1
+
+
 def test_vanished_rank_is_named_with_its_last_lines(bench: Bench) -> None:
     path = log_path(node_log_dir(bench.log_dir, ATTEMPT, "own"), "rank-00001")
     path.parent.mkdir(parents=True)
