@@ -79,16 +79,19 @@ def progress(text: str) -> None:
     print(f"{datetime.now(UTC):%H:%M:%S}  {text}", file=sys.stderr, flush=True)
 
 
-def interleave(contenders: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+def interleave(
+    contenders: Mapping[str, Callable[[], float]], repetitions: int, is_quiet: bool = False
+) -> dict[str, list[float]]:
     """Run the contenders in turn, A B A B …: each one's values. Who begins changes with every repetition, so that
-    nobody always runs after the same neighbour."""
+    nobody always runs after the same neighbour. Says what it does unless `is_quiet`."""
     values: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for repetition in range(repetitions):
         for name in names if repetition % 2 == 0 else reversed(names):
             value = contenders[name]()
             values[name].append(value)
-            progress(f"{repetition + 1}/{repetitions}  {name}: {value:.4g}")
+            if not is_quiet:
+                progress(f"{repetition + 1}/{repetitions}  {name}: {value:.4g}")
     return values
 
 
