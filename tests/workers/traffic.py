@@ -88,8 +88,8 @@ STEP_TRAFFIC: dict[int, Callable[[int], int]] = {
 }
 """What a step with so many micro-batches sends per rank, in units of all weights times (n - 1) / n.
 
-Stage 3 gathers weights a second time for the backward pass, 3 in all, in models of more weights than DeepSpeed keeps in
-between (stage3_max_reuse_distance, 1e9); those here are smaller."""
+Stage 3 gathers a weight a second time for the backward pass, 3 in all, if more weights are used in between than
+DeepSpeed's stage3_max_reuse_distance (1e9); in models of up to half as many, as here, none is."""
 
 
 @dataclass(frozen=True)
