@@ -47,7 +47,12 @@ def deepspeed_config(
             "overlap_comm": zero_stage == 3,
         }
     if zero_stage in (1, 2):
-        config["zero_optimization"] |= {"allgather_bucket_size": BUCKET_ELEMENTS}
+        config["zero_optimization"] |= {
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            # Each gradient goes to the rank that owns it only. DeepSpeed's default is to send all to all ranks: half as
+            # much again per step, at stage 2 per micro-batch, of which each rank throws most away.
+            "use_multi_rank_bucket_allreduce": False,
+        }
     if zero_stage == 3:
         config["zero_optimization"] |= {
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,

@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from configs.datasets import synthetic_card
+from configs.datasets import card_for
 from configs.ids import checkpoint_id
 from configs.layout import checkpoint_prefix
 from configs.load import parse_spec
@@ -50,7 +50,7 @@ def tiny_spec(**parts: Any) -> JobSpec:
 
 def card_of(spec: JobSpec) -> DatasetCard | None:
     data = None if isinstance(spec, ExportJob) else spec.data
-    return None if data is None else synthetic_card(data.source)
+    return None if data is None else card_for(data.source, {})
 
 
 def make_attempt(

@@ -77,23 +77,10 @@ def train_directly(
     config, micro_batch_size = spec.model.vit(), spec.train.micro_batch_size
     assert attempt.dataset is not None
     assert isinstance(micro_batch_size, int)
-    assert spec.schedule.total_steps is not None
     opened = open_data(spec.data, attempt.dataset, None, store.get, in_channels=config.in_channels)
     assert opened.train is not None
     engine = build_engine(vit.build(config, seed=spec.train.seed), spec, ranks, micro_batch_size)
-    facts = CheckpointFacts(
-        job_id=attempt.job_id,
-        attempt=number,
-        parent=None,
-        total_steps=spec.schedule.total_steps,
-        global_batch_size=spec.train.global_batch_size,
-        optimizer=spec.optim.name,
-        spec_hash=attempt.spec_hash,
-        training_fingerprint=attempt.training_fingerprint,
-        data_fingerprint=attempt.dataset.fingerprint,
-        model=config,
-        preprocess=Preprocess(image_size=config.image_size, in_channels=config.in_channels, mean=(0.5,), std=(0.5,)),
-    )
+    facts = checkpoint_facts(attempt, spec)
     checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps, **checkpointing)
     loader = TrainLoader(
         opened.train,
@@ -110,6 +97,26 @@ def train_directly(
         outcome = train(spec, wrap(engine), loader, lambda _: {}, checkpointer, throughput, ranks, reporter, Progress())
     checkpointer.close()
     return outcome, engine
+
+
+def checkpoint_facts(attempt: AttemptFile, spec: TrainingJob) -> CheckpointFacts:
+    """What the checkpoints of an attempt say of it."""
+    config = spec.model.vit()
+    assert attempt.dataset is not None
+    assert spec.schedule.total_steps is not None
+    return CheckpointFacts(
+        job_id=attempt.job_id,
+        attempt=attempt.number,
+        parent=None,
+        total_steps=spec.schedule.total_steps,
+        global_batch_size=spec.train.global_batch_size,
+        optimizer=spec.optim.name,
+        spec_hash=attempt.spec_hash,
+        training_fingerprint=attempt.training_fingerprint,
+        data_fingerprint=attempt.dataset.fingerprint,
+        model=config,
+        preprocess=Preprocess(image_size=config.image_size, in_channels=config.in_channels, mean=(0.5,), std=(0.5,)),
+    )
 
 
 def read_state(store: DirStore, prefix: str) -> tuple[Manifest, dict[tuple[str, str], Tensor]]:
