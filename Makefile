@@ -24,6 +24,9 @@ soak: env  ## a real job whose parts are killed at random, then the same weights
 gpu-check: env  ## where there is a GPU: ZeRO parity, exact resume, NCCL, MFU and memory of B/L/H, into gpu-check.json
 	$(PYTHON) -m tests.gpu.check $(ARGS)
 
+bench: env  ## against opponents, measured: make bench NAME=save_stall ARGS='--repetitions 5'; all without NAME
+	$(PYTHON) -m tests.benchmarks $(NAME) -- $(ARGS)
+
 check: env lint types test  ## lint, types and tests
 
 lint: env  ## ruff, its formatter, and the import rules between packages
@@ -38,6 +41,6 @@ wheel: env  ## dist/*.whl
 	$(PYTHON) -m build --wheel --no-isolation
 
 clean:  ## remove what was made here (not the cached environment)
-	rm -rf .venv dist build demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help env demo test soak gpu-check check lint types wheel clean
+.PHONY: help env demo test soak gpu-check bench check lint types wheel clean
