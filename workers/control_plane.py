@@ -11,12 +11,11 @@ A control plane that answers "superseded" ends the attempt.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import httpx
 
-from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply
+from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply, to_columns
 
 SPOOL_BYTES = 64 * 1024 * 1024
 
@@ -110,11 +109,12 @@ class Spool:
         for seq in sorted(self._sizes):
             while sum(self._sizes.values()) > self._max_bytes:
                 batch = self._read(seq)
-                if not batch.metrics and not batch.heartbeats:
+                if not batch.num_points and not batch.heartbeats:
                     break
-                # Only the latest heartbeats mean anything; half of few points is none.
-                kept = batch.metrics[::2] if len(batch.metrics) > 3 else ()
-                self._write(batch.model_copy(update={"metrics": kept, "heartbeats": ()}))
+                columns = (*batch.columns, *to_columns(batch.metrics))
+                # Only the latest heartbeats mean anything; half of one point is none.
+                kept = tuple(c.thinned() for c in columns) if any(len(c) > 1 for c in columns) else ()
+                self._write(batch.model_copy(update={"columns": kept, "metrics": (), "heartbeats": ()}))
 
     def _write(self, batch: ReportBatch) -> None:
         data = batch.model_dump_json().encode()
@@ -124,7 +124,7 @@ class Spool:
         self._sizes[batch.seq] = len(data)
 
     def _read(self, seq: int) -> ReportBatch:
-        return ReportBatch.model_validate(json.loads(self._path(seq).read_bytes()))
+        return ReportBatch.model_validate_json(self._path(seq).read_bytes())
 
     def _path(self, seq: int) -> Path:
         return self._dir / f"{seq:010d}.json"
