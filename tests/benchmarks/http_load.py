@@ -70,7 +70,13 @@ def _send(connection: http.client.HTTPConnection, call: Call) -> tuple[float, by
     began = time.perf_counter()
     headers = {"Content-Type": "application/json", **call.headers}
     connection.request(call.method, call.path, body=call.body, headers=headers)
-    response = connection.getresponse()
+    try:
+        response = connection.getresponse()
+    except http.client.RemoteDisconnected:
+        # A server may close a connection between two requests; as every client does, connect again, once.
+        connection.close()
+        connection.request(call.method, call.path, body=call.body, headers=headers)
+        response = connection.getresponse()
     body = response.read()
     latency = time.perf_counter() - began
     if response.status >= 300:
