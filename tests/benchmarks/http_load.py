@@ -76,7 +76,10 @@ def _send(connection: http.client.HTTPConnection, call: Call) -> tuple[float, by
         # A server may close a connection between two requests; as every client does, connect again, once.
         connection.close()
         connection.request(call.method, call.path, body=call.body, headers=headers)
-        response = connection.getresponse()
+        try:
+            response = connection.getresponse()
+        except http.client.RemoteDisconnected as error:
+            raise RuntimeError(f"{call.method} {call.path}: cut off twice") from error
     body = response.read()
     latency = time.perf_counter() - began
     if response.status >= 300:

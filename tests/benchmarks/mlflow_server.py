@@ -43,7 +43,9 @@ def mlflow_version(python: Path) -> str:
 
 
 def mlflow_command(python: Path, directory: Path, port: int) -> list[str]:
-    """What serves MLflow on loopback with SQLite in `directory`, with its own number of workers."""
+    """What serves MLflow on loopback with SQLite in `directory`, with its own number of workers. On a busy machine its
+    supervisor would kill those that do not answer within 5 s; it may wait longer."""
     store = f"sqlite:///{directory}/mlflow.db"
     options = ["--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", str(directory / "artifacts")]
-    return [str(python), "-m", "mlflow", "server", "--backend-store-uri", store, *options]
+    patience = ["--uvicorn-opts", "--timeout-worker-healthcheck 120"]
+    return [str(python), "-m", "mlflow", "server", "--backend-store-uri", store, *options, *patience]
