@@ -19,7 +19,10 @@ from configs.wire import MetricColumns
 _EPOCH = datetime(1970, 1, 1)
 _ROWS = 500
 """In one statement: fewer cost more calls, and many more would be over SQLite's 32,766 values."""
-_OVERWRITE = " ON CONFLICT (job_id, name, step, attempt) DO UPDATE SET seq = excluded.seq, value = excluded.value, at = excluded.at"
+_OVERWRITE = (
+    " ON CONFLICT (job_id, name, step, attempt)"
+    " DO UPDATE SET seq = excluded.seq, value = excluded.value, at = excluded.at"
+)
 _INSERT = "INSERT INTO metrics (job_id, attempt, seq, name, step, value, at) "
 _POSTGRESQL = (
     _INSERT + "SELECT %s, %s, %s, name, step, value, timestamptz 'epoch' + at_us * interval '1 microsecond' "
@@ -35,8 +38,8 @@ def finite(value: float | None) -> float | None:
 
 
 def upsert_points(session: Session, job_id: str, attempt: int, seq: int, columns: Iterable[MetricColumns]) -> None:
-    """Store the points of a batch, in the session's transaction. Of several for the same step, and of those that are there, the
-    last given one stays."""
+    """Store the points of a batch, in the session's transaction. Of several for the same step, and of those that are
+    there, the last given one stays."""
     rows: dict[tuple[str, int], tuple[float | None, int]] = {}
     for column in columns:
         name = column.name

@@ -64,7 +64,7 @@ def _store(db: Database, job_id: str, body: bytes) -> dict[str, int]:
     batch = json.loads(body)
     columns = [MetricColumns.model_construct(**column) for column in batch["columns"]]
     with db.session() as session:
-        upsert_points(session, job_id, 1, columns)
+        upsert_points(session, job_id, 1, batch["seq"], columns)
     return {"seq": batch["seq"]}
 
 
