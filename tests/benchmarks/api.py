@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,11 @@ def _batches(sequence: Iterator[int], num_points: int, count: int) -> list[bytes
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
+def end_servers_when_terminated() -> None:
+    """Have SIGTERM leave all blocks in order, so that no server stays behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @contextmanager
 def serving(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """A server process, in a process group of its own that is ended with the block."""
@@ -198,11 +204,11 @@ def serving(command: list[str], log: Path, environment: Mapping[str, str] | None
     try:
         yield
     finally:
-        os.killpg(process.pid, 15)
+        os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(20)
 
 
@@ -347,6 +353,7 @@ def main() -> None:
     parser.add_argument("--operations", nargs="+", choices=list(counts(1.0)), default=list(counts(1.0)))
     parser.add_argument("--no-mlflow", action="store_true", help="without MLflow, whose installation takes minutes")
     options = parser.parse_args()
+    end_servers_when_terminated()
     python = None if options.no_mlflow else mlflow_python()
     rows: list[Row] = []
     notes: dict[str, Any] = {"counts": counts(options.scale)}

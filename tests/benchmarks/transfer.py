@@ -35,7 +35,7 @@ from orchestrator.services.auth import Actor
 from orchestrator.services.submission import parse_request, submit_job
 from orchestrator.services.tokens import ensure_admin_token
 from orchestrator.storage.db import Database
-from tests.benchmarks.api import TOKEN, serving, wait_until_up
+from tests.benchmarks.api import TOKEN, end_servers_when_terminated, serving, wait_until_up
 from tests.benchmarks.harness import Row, arguments, interleave, progress, report, timed
 from tests.orchestrator.rows import add_checkpoint, spec_with
 from workers.shards import ShardBuffer
@@ -259,6 +259,7 @@ def main() -> None:
     parser = arguments(__doc__ or "", repetitions=3)
     parser.add_argument("--mib", type=int, default=512, help=f"of the checkpoint, by {TENSOR_MIB} (default 512)")
     options = parser.parse_args()
+    end_servers_when_terminated()
     if options.mib < TENSOR_MIB or options.mib % TENSOR_MIB:
         parser.error(f"--mib {options.mib}, must be a multiple of {TENSOR_MIB}")
     notes: dict[str, Any] = {"mib": options.mib}
