@@ -84,7 +84,12 @@ def _inside(root: Path, path: str) -> Path:
     if not path or path.startswith("/") or ".." in parts or "\0" in path:
         raise FolderError(f"path {path!r}: expected a directory below the data root, without '..'")
     folder = root / path
-    if not folder.is_dir():
+    try:
+        is_directory = folder.is_dir()
+    except OSError as error:
+        # A name that is too long, a folder that may not be looked into.
+        raise FolderError(f"path {path[:80]!r} cannot be read: {error.strerror}") from error
+    if not is_directory:
         raise FolderError(f"{folder} is not a directory")
     if not folder.resolve().is_relative_to(root.resolve()):
         raise FolderError(f"{folder} is a link out of the data root")

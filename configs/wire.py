@@ -5,10 +5,11 @@ Every file carries `schema_version`. Readers ignore unknown keys; writers write 
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, Field
+from pydantic import AwareDatetime, Field, model_validator
 
 from configs.base import Stored
 from configs.imports import WeightOrigin
@@ -152,50 +153,124 @@ class ExitFile(Stored):
 
 
 # -- reports: rank -> driver -> control plane --------------------------------------------------------------------------
+MAX_POINTS = 20_000
+"""In one batch."""
+MAX_AT_US = 253_370_764_800_000_000
+"""The year 9999, where `Moment` ends too."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number that every database holds."""
+Moment = Annotated[AwareDatetime, Field(gt=_EPOCH, lt=datetime(9999, 1, 1, tzinfo=UTC))]
+"""A time that every time zone can tell."""
+NoNul = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""Text that every database holds."""
+MetricName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_./-]+$")]
 Phase = Literal[
     "starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting", "importing"
 ]
 
 
 class Heartbeat(Stored):
-    rank: int
+    rank: Count
     node: str
-    pid: int
+    pid: Count
     phase: Phase
-    step: int
-    at: AwareDatetime
-    beats: int = 0
+    step: Count
+    at: Moment
+    beats: Count = 0
     """Signs of life of the rank's working thread; it grows within a long step or evaluation too."""
 
 
 class MetricPoint(Stored):
-    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_./-]+$")]
-    step: int
+    name: MetricName
+    step: Count
     value: float | None
     """null: not finite."""
-    at: AwareDatetime
+    at: Moment
+
+
+class MetricColumns(Stored):
+    """Points of one metric, as columns of equal length: read several times faster than as many objects."""
+
+    name: MetricName
+    steps: tuple[Count, ...]
+    values: tuple[float | None, ...]
+    """null: not finite."""
+    at_us: tuple[Annotated[int, Field(gt=0, lt=MAX_AT_US)], ...]
+    """Microseconds since 1970, UTC."""
+
+    @model_validator(mode="after")
+    def _equal_lengths(self) -> Self:
+        if not len(self.steps) == len(self.values) == len(self.at_us):
+            lengths = f"{len(self.steps)}, {len(self.values)} and {len(self.at_us)}"
+            raise ValueError(f"steps, values and at_us have {lengths} entries: expected as many of each")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def thinned(self) -> Self:
+        """Every second point."""
+        half = slice(None, None, 2)
+        return self.model_copy(
+            update={"steps": self.steps[half], "values": self.values[half], "at_us": self.at_us[half]}
+        )
+
+
+def to_columns(points: Iterable[MetricPoint]) -> tuple[MetricColumns, ...]:
+    """The points by metric, those of each in the order they came."""
+    by_name: dict[str, list[MetricPoint]] = {}
+    for point in points:
+        by_name.setdefault(point.name, []).append(point)
+    return tuple(
+        MetricColumns(
+            name=name,
+            steps=tuple(point.step for point in of_name),
+            values=tuple(point.value for point in of_name),
+            at_us=tuple((point.at - _EPOCH) // _MICROSECOND for point in of_name),
+        )
+        for name, of_name in by_name.items()
+    )
 
 
 class WorkerEvent(Stored):
     """A fact worth telling a user: checkpoint committed, corrupt image replaced, step skipped."""
 
-    type: Annotated[str, Field(max_length=64)]
+    type: Annotated[NoNul, Field(max_length=64)]
     message: str
-    at: AwareDatetime
+    at: Moment
     data: dict[str, Any] = Field(default_factory=dict)
 
 
 class ReportBatch(Stored):
-    """What the driver tells the control plane. `seq` counts from 1 per attempt; a repeated batch changes nothing."""
+    """What the driver tells the control plane. `seq` counts from 1 per attempt; a repeated batch changes nothing.
 
-    seq: int
-    total_steps: int | None = None
+    Version 1 had `metrics` only; what a driver of that version sends is still read.
+    """
+
+    schema_version: int = 2
+    seq: Count
+    total_steps: Count | None = None
     heartbeats: tuple[Heartbeat, ...] = ()
-    metrics: tuple[MetricPoint, ...] = Field((), max_length=20_000)
+    columns: tuple[MetricColumns, ...] = Field((), max_length=MAX_POINTS)
+    """The points, by metric."""
+    metrics: tuple[MetricPoint, ...] = Field((), max_length=MAX_POINTS)
+    """More points, one by one."""
     events: tuple[WorkerEvent, ...] = Field((), max_length=1_000)
-    checkpoints: tuple[str, ...] = ()
+    checkpoints: tuple[NoNul, ...] = ()
     """Ids of checkpoints whose manifest now exists."""
     finished: bool = False
+
+    @model_validator(mode="after")
+    def _not_too_many_points(self) -> Self:
+        if self.num_points > MAX_POINTS:
+            raise ValueError(f"the batch holds {self.num_points} points: at most {MAX_POINTS} are allowed")
+        return self
+
+    @property
+    def num_points(self) -> int:
+        return len(self.metrics) + sum(map(len, self.columns))
 
 
 class ReportReply(Stored):
@@ -204,11 +279,11 @@ class ReportReply(Stored):
 
 
 class ClaimRequest(Stored):
-    nonce: str
+    nonce: NoNul
     """Chosen by the driver: the same nonce may claim again (a reply was lost), another one gets 409."""
-    node: str
-    pid: int
-    cluster_id: str = ""
+    node: NoNul
+    pid: Count
+    cluster_id: NoNul = ""
 
 
 class ClaimReply(Stored):

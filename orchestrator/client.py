@@ -259,12 +259,23 @@ class Checkpoints:
         self._connection.request("DELETE", f"/v1/uploads/{upload_id}")
 
     @contextmanager
-    def read(self, checkpoint_id: str, name: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+    def read(
+        self, checkpoint_id: str, name: str, headers: Mapping[str, str], address: str | None = None
+    ) -> Iterator[httpx.Response]:
         """The answer to a GET of one file, streamed; the store's own address may answer (redirect followed). The body
-        is not read yet and the status is not checked."""
-        path = f"/v1/checkpoints/{checkpoint_id}/files/{name}"
-        with self._connection.http.stream("GET", path, headers=headers, follow_redirects=True) as response:
+        is not read yet and the status is not checked. With `address`, where such a redirect led before, the store is
+        asked at once, and never told our token."""
+        http = self._connection.http
+        request = http.build_request(
+            "GET", address or f"/v1/checkpoints/{checkpoint_id}/files/{name}", headers=dict(headers)
+        )
+        if address is not None:
+            request.headers.pop("Authorization", None)
+        response = http.send(request, stream=True, follow_redirects=True)
+        try:
             yield response
+        finally:
+            response.close()
 
 
 class Client:

@@ -1,44 +1,38 @@
-"""Take a checkpoint's weights away: verified, resumable, assembled into a folder that `vit.load` opens.
+"""Take a checkpoint's weights away: verified, resumable, put together in a folder that `vit.load` opens.
 
     <folder>/
         model.safetensors   every weight whole, fp32
         config.json         ModelFile; written last
-        .parts-<checkpoint> while it is under way: the shard files as far as they have come
+        .parts-<checkpoint> while it is under way: the weights as far as they have come
 
 Only shards that hold weights are read, in ranges of one block (8 MiB), several at a time. Every block is checked
-against the CRC32C in the manifest before it counts. After a cut the blocks that are there are checked and not read
-again.
+against the CRC32C in the manifest and then written where it belongs in the file of whole tensors. After a cut the
+blocks that are there are checked and not read again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import google_crc32c
 import httpx
 import numpy as np
 
 from configs.train import Weights
-from configs.wire import BLOCK_BYTES, Manifest, ModelFile, ShardFile, TensorSlice
-from orchestrator.client import Client, PatchworkError, Unreachable, check
+from configs.wire import BLOCK_BYTES, Manifest, ModelFile, ShardFile
+from orchestrator.client import Client, Unreachable, check
+from orchestrator.weights_file import FetchError, WeightsFile
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-_FP32_BYTES = 4
 _NUM_TRIES = 4
-
-
-class FetchError(PatchworkError):
-    """The checkpoint could not be fetched; what has come stays and is used by the next try."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,6 @@ class Fetched:
 class _Block:
     shard: ShardFile
     number: int
-    part: Path
 
     @property
     def start(self) -> int:
@@ -109,14 +102,12 @@ def fetch(
     total = sum(shard.num_bytes for shard in shards)
     parts = folder / (f".parts-{checkpoint_id}" if weights == "raw" else f".parts-ema-{checkpoint_id}")
     parts.mkdir(parents=True, exist_ok=True)
-    _check_space(folder, 2 * total)
+    _check_space(folder, total)
     if on_start is not None:
         on_start(checkpoint_id, total)
-    num_bytes_read = _Download(client, checkpoint_id, num_threads, on_bytes or (lambda _: None)).run(
-        [_Block(s, n, parts / f"{i:05d}") for i, s in enumerate(shards) for n in range(len(s.crc32c))]
-    )
-    with (parts / WEIGHTS_NAME).open("wb") as file:
-        _assemble(manifest, role, {shard.name: parts / f"{i:05d}" for i, shard in enumerate(shards)}, file)
+    with WeightsFile(manifest, role, parts / WEIGHTS_NAME) as file:
+        download = _Download(client, checkpoint_id, file, num_threads, on_bytes or (lambda _: None))
+        num_bytes_read = download.run([_Block(shard, n) for shard in shards for n in range(len(shard.crc32c))])
     _publish(manifest, parts, folder)
     return Fetched(
         folder=folder,
@@ -138,17 +129,25 @@ def _check_space(folder: Path, needed: int) -> None:
 class _Download:
     """Reads the blocks that are not there yet, each verified before it counts."""
 
-    def __init__(self, client: Client, checkpoint_id: str, num_threads: int, on_bytes: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        checkpoint_id: str,
+        file: WeightsFile,
+        num_threads: int,
+        on_bytes: Callable[[int], None],
+    ) -> None:
         self._client = client
         self._checkpoint_id = checkpoint_id
+        self._file = file
+        self._addresses: dict[str, str] = {}
+        """Where the server sent us for a shard: good for many of its blocks."""
         self._num_threads = num_threads
         self._on_bytes = on_bytes
         self._stop = threading.Event()
 
     def run(self, blocks: list[_Block]) -> int:
         """Returns the bytes that were read from the server."""
-        for part in {block.part for block in blocks}:
-            part.touch()
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="fetch")
         try:
             futures = [pool.submit(self._ensure, block) for block in blocks]
@@ -162,18 +161,16 @@ class _Download:
 
     def _ensure(self, block: _Block) -> int:
         """Have the block on disk, verified. Returns the bytes that were read for it."""
-        with block.part.open("r+b") as part:
-            part.seek(block.start)
-            if _is_right(part.read(block.num_bytes), block):
-                self._on_bytes(block.num_bytes)
-                return 0
+        num_bytes_read = 0
+        name = block.shard.name
+        if self._file.is_new or not _is_right(self._file.read(name, block.start, block.num_bytes), block):
             data = self._read_verified(block)
-            part.seek(block.start)
-            part.write(data)
+            self._file.write(name, block.start, data)
+            num_bytes_read = len(data)
         self._on_bytes(block.num_bytes)
-        return len(data)
+        return num_bytes_read
 
-    def _read_verified(self, block: _Block) -> bytes:
+    def _read_verified(self, block: _Block) -> bytearray:
         problem = ""
         for trial in range(_NUM_TRIES):
             if self._stop.is_set():
@@ -193,67 +190,35 @@ class _Download:
             f"{problem} ({_NUM_TRIES} tries). Nothing of it was used; run the same command again to go on."
         )
 
-    def _read(self, block: _Block) -> bytes:
+    def _read(self, block: _Block) -> bytearray:
         headers = {"Range": f"bytes={block.start}-{block.start + block.num_bytes - 1}", "Accept-Encoding": "identity"}
-        with self._client.checkpoints.read(self._checkpoint_id, block.shard.name, headers) as response:
+        name = block.shard.name
+        address = self._addresses.get(name)
+        with self._client.checkpoints.read(self._checkpoint_id, name, headers, address) as response:
+            if address is not None and response.status_code in (400, 401, 403, 404, 410):
+                # It is good for an hour only: the server says where to go on.
+                self._addresses.pop(name, None)
+                raise Unreachable(f"{response.request.url.host} answered {response.status_code}")
             if response.status_code in (429, 500, 502, 503, 504):
                 raise Unreachable(f"{response.request.url.host} answered {response.status_code}")
             if not response.is_success:
                 response.read()
                 check(response)
+            if response.history:
+                self._addresses[name] = str(response.url)
             data = bytearray()
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) > block.num_bytes or self._stop.is_set():
                     # More than was asked for: a server that ignores Range would send the whole file.
                     break
-        return bytes(data)
+        return data
 
 
-def _is_right(data: bytes, block: _Block) -> bool:
-    return len(data) == block.num_bytes and google_crc32c.value(data) == block.shard.crc32c[block.number]
-
-
-# -- assemble ----------------------------------------------------------------------------------------------------------
-def _assemble(manifest: Manifest, role: str, parts: dict[str, Path], out: BinaryIO) -> None:
-    """Write one safetensors file of whole tensors from the 1-D runs in the shards; one tensor in memory at a time."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in sorted(manifest.tensors.items()):
-        num_bytes = _FP32_BYTES * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + num_bytes]}
-        position += num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
-    pieces: dict[str, list[tuple[Path, int, TensorSlice]]] = {name: [] for name in manifest.tensors}
-    for shard in manifest.files:
-        if shard.role == role:
-            for offset, piece in _places(shard):
-                pieces[piece.name].append((parts[shard.name], offset, piece))
-    for name, shape in sorted(manifest.tensors.items()):
-        out.write(_whole(name, int(np.prod(shape)), pieces[name]))
-
-
-def _places(shard: ShardFile) -> Iterator[tuple[int, TensorSlice]]:
-    """Each slice with its byte offset: they lie without gaps, in the manifest's order, at the end of the file."""
-    offset = shard.num_bytes - _FP32_BYTES * sum(piece.numel for piece in shard.slices)
-    for piece in shard.slices:
-        yield offset, piece
-        offset += _FP32_BYTES * piece.numel
-
-
-def _whole(name: str, numel: int, pieces: list[tuple[Path, int, TensorSlice]]) -> bytes:
-    values = np.empty(numel, dtype="<f4")
-    end = 0
-    for path, offset, piece in sorted(pieces, key=lambda p: p[2].start):
-        if piece.start > end or piece.start + piece.numel > numel:
-            raise FetchError(f"the checkpoint's shards do not hold {name} without gaps: element {end} is missing")
-        values[piece.start : piece.start + piece.numel] = np.fromfile(path, "<f4", piece.numel, offset=offset)
-        end = max(end, piece.start + piece.numel)
-    if end != numel:
-        raise FetchError(f"the checkpoint's shards hold {end} of {numel} elements of {name}")
-    return values.tobytes()
+def _is_right(data: bytearray, block: _Block) -> bool:
+    # As an array: the checksum takes no bytearray, and bytes would be a copy.
+    view = np.frombuffer(data, np.uint8)
+    return len(data) == block.num_bytes and google_crc32c.value(view) == block.shard.crc32c[block.number]
 
 
 def _publish(manifest: Manifest, parts: Path, folder: Path) -> None:

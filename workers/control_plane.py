@@ -19,7 +19,7 @@ import httpx
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply
+from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply, to_columns
 
 log = structlog.get_logger(__name__)
 Reply = TypeVar("Reply", ClaimReply, ReportReply)
@@ -131,11 +131,12 @@ class Spool:
         for seq in sorted(self._sizes):
             while sum(self._sizes.values()) > self._max_bytes:
                 batch = self._read(seq)
-                if not batch.metrics and not batch.heartbeats:
+                if not batch.num_points and not batch.heartbeats:
                     break
-                # Only the latest heartbeats mean anything; half of few points is none.
-                kept = batch.metrics[::2] if len(batch.metrics) > 3 else ()
-                self._write(batch.model_copy(update={"metrics": kept, "heartbeats": ()}))
+                columns = (*batch.columns, *to_columns(batch.metrics))
+                # Only the latest heartbeats mean anything; half of one point is none.
+                kept = tuple(c.thinned() for c in columns) if any(len(c) > 1 for c in columns) else ()
+                self._write(batch.model_copy(update={"columns": kept, "metrics": (), "heartbeats": ()}))
 
     def _write(self, batch: ReportBatch) -> None:
         data = batch.model_dump_json().encode()

@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from configs.states import Desired
-from configs.wire import ClaimRequest, Heartbeat, MetricPoint, ReportBatch, WorkerEvent
+from configs.wire import ClaimRequest, Heartbeat, MetricPoint, ReportBatch, WorkerEvent, to_columns
 from workers.control_plane import ControlPlane, Refused, Spool, Superseded, Unreachable
 from workers.hub import Drained
 
@@ -109,7 +109,7 @@ class Forwarder:
                         seq=self._seq,
                         total_steps=self._total_steps,
                         heartbeats=tuple(self._heartbeats.values()) if is_last else (),
-                        metrics=tuple(metrics),
+                        columns=to_columns(metrics),
                         events=tuple(events),
                         checkpoints=tuple(self._checkpoints) if is_last else (),
                         finished=finished and is_last,
@@ -136,7 +136,7 @@ class Forwarder:
             self._note_absence(error)
             for batch in batches:
                 # Heartbeats alone are worth nothing later.
-                if batch.metrics or batch.events or batch.checkpoints or batch.finished:
+                if batch.num_points or batch.events or batch.checkpoints or batch.finished:
                     self._spool.add(batch)
         else:
             if not self.is_reachable:

@@ -17,7 +17,7 @@ from orchestrator.services.problems import declares
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
 PRESIGNED_FOR_S = 3600
 FileName = Annotated[str, Path(description="As the manifest spells it.")]
-Range = Annotated[str | None, Header(description="One range, such as bytes=0-1048575.")]
+Range = Annotated[str | None, Header(description="One range.", examples=["bytes=0-1048575"])]
 IfRange = Annotated[str | None, Header()]
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _FILE: dict[int | str, dict[str, Any]] = {

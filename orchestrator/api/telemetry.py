@@ -20,10 +20,24 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"])
 EVENT_POLL_S = 0.5
 LOG_POLL_S = 1.0
 DEFAULT_POINTS = 2000
+# Before OpenAPI 3.2 the schema of a stream is by convention that of each of its events.
+_EVENT_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {
+                "id": {"type": "string", "description": "Where to go on, as Last-Event-ID."},
+                "event": {"type": "string"},
+                "data": {"type": "string", "description": "JSON."},
+            },
+            "required": ["event", "data"],
+        }
+    }
+}
 _SSE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events; `end` is the last one. Reconnect with Last-Event-ID to go on.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": _EVENT_STREAM,
     }
 }
 LastEventId = Annotated[str | None, Header(max_length=65536, description="Where a broken stream goes on.")]
@@ -140,10 +154,7 @@ def get_card(services: ServicesDep, _: Viewer, job_id: JobId) -> JobCard:
     responses={
         200: {
             "description": "A page; with follow=true server-sent events; with format=text the whole log.",
-            "content": {
-                "text/event-stream": {"schema": {"type": "string"}},
-                "text/plain": {"schema": {"type": "string"}},
-            },
+            "content": {**_EVENT_STREAM, "text/plain": {"schema": {"type": "string"}}},
         },
         **declares(401, 404, 422, 429, 503),
     },

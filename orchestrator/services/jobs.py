@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -128,7 +128,7 @@ def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
     attempts: dict[str, list[AttemptRow]] = {job_id: [] for job_id in ids}
     for attempt in session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(ids)).order_by(AttemptRow.number)):
         attempts[attempt.job_id].append(attempt)
-    queue = _queue(session) if any(row.state == JobState.QUEUED for row in rows) else {}
+    queue = _queue(session, {row.id for row in rows if row.state == JobState.QUEUED})
     return [job_public(row, attempts[row.id], queue.get(row.id)) for row in rows]
 
 
@@ -172,10 +172,13 @@ def _desire(
         return publish(session, [row])[0]
 
 
-def _queue(session: Session) -> dict[str, QueuePublic]:
-    """The place of every waiting job: what the scheduler would decide on what it can see now. Jobs that it has let go,
-    and those that are wanted paused or stopped, do not wait for their turn."""
-    return {decision.job_id: _place(decision) for decision in schedule(load_view(session, datetime.now(UTC)))}
+def _queue(session: Session, job_ids: Collection[str]) -> dict[str, QueuePublic]:
+    """The places of those of these jobs that wait: what the scheduler would decide on what it can see now. Jobs that it
+    has let go, and those that are wanted paused or stopped, do not wait for their turn."""
+    if not job_ids:
+        return {}
+    decisions = schedule(load_view(session, datetime.now(UTC)))
+    return {decision.job_id: _place(decision) for decision in decisions if decision.job_id in job_ids}
 
 
 def _place(decision: Start | Wait) -> QueuePublic:

@@ -29,8 +29,8 @@ class FakeAttempt:
 
     def values(self, name: str) -> dict[int, float | None]:
         """Points of one metric by step."""
-        points = [p for seq in sorted(self.batches) for p in self.batches[seq].metrics if p.name == name]
-        return {point.step: point.value for point in points}
+        columns = [c for seq in sorted(self.batches) for c in self.batches[seq].columns if c.name == name]
+        return {step: value for c in columns for step, value in zip(c.steps, c.values, strict=True)}
 
     @property
     def checkpoints(self) -> list[str]:

@@ -113,6 +113,7 @@ def test_registering_again_takes_a_changed_folder_and_refuses_another_one(api: T
         ({"name": "flowers", "path": "nothing"}, "/path"),
         ({"name": "flowers", "path": "link"}, "/path"),
         ({"name": "flowers", "path": "a\x00b"}, "/path"),
+        ({"name": "flowers", "path": "a" * 1000}, "/path"),
         ({"name": "../x", "path": "flowers"}, "/name"),
         ({"name": "flowers"}, "/path"),
         ({"name": "flowers", "path": "flowers", "url": "http://x"}, "/url"),

@@ -205,6 +205,39 @@ def test_a_name_that_is_no_metric_is_refused(api: TestClient, driver: Headers, a
     assert response.json()["errors"][0]["pointer"] == "/metrics/0/name"
 
 
+@pytest.mark.db
+@pytest.mark.parametrize(
+    ("pointer", "body"),
+    [
+        ("/seq", {"seq": 2**63}),
+        ("/total_steps", {"seq": 1, "total_steps": -1}),
+        (
+            "/metrics/0/step",
+            {"seq": 1, "metrics": [{"name": "a", "step": 10**30, "value": 1, "at": "2026-01-01T00:00:00Z"}]},
+        ),
+        (
+            "/metrics/0/at",
+            {"seq": 1, "metrics": [{"name": "a", "step": 1, "value": 1, "at": "0001-01-01T00:00:00+23:00"}]},
+        ),
+        ("/events/0/type", {"seq": 1, "events": [{"type": "a\0", "message": "", "at": "2026-01-01T00:00:00Z"}]}),
+        ("/checkpoints/0", {"seq": 1, "checkpoints": ["ckpt_\0"]}),
+    ],
+)
+def test_what_no_database_holds_is_refused(
+    api: TestClient, driver: Headers, attempt: str, pointer: str, body: dict[str, Any]
+) -> None:
+    response = api.post(f"/internal/v1/attempts/{attempt}/reports", json=body, headers=driver)
+    assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, pointer)
+
+
+@pytest.mark.db
+@pytest.mark.parametrize("field", ["nonce", "node", "cluster_id"])
+def test_a_claim_with_a_nul_is_refused(api: TestClient, driver: Headers, attempt: str, field: str) -> None:
+    body = {"nonce": "first-nonce", "node": "node-1", "pid": 7, field: "with-a-\0-inside"}
+    response = api.post(f"/internal/v1/attempts/{attempt}/claim", json=body, headers=driver)
+    assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, f"/{field}")
+
+
 @pytest.mark.parametrize("desired", list(Desired))
 def test_the_reply_carries_the_order(
     api: TestClient, driver: Headers, job_id: str, attempt: str, db: Database, desired: Desired

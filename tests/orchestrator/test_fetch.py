@@ -199,18 +199,61 @@ def test_a_flipped_byte_is_refused_by_name_and_nothing_is_published(server: Serv
     assert [path.name for path in (tmp_path / "model").iterdir()] == [f".parts-{CHECKPOINT}"]
 
 
-def test_a_flipped_byte_on_disk_is_read_again(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_a_weight", [True, False], ids=["of a weight", "of a shard's header"])
+def test_a_flipped_byte_on_disk_is_read_again(server: Server, tmp_path: Path, of_a_weight: bool) -> None:
     server.fail_after = server.num_blocks - 1
     with pytest.raises(FetchError):
         fetch(server.client(), CHECKPOINT, tmp_path / "model", num_threads=1)
-    part = tmp_path / "model" / f".parts-{CHECKPOINT}" / "00000"
+    part = tmp_path / "model" / f".parts-{CHECKPOINT}" / (WEIGHTS_NAME if of_a_weight else "00000.rest")
     with part.open("r+b") as file:
-        file.seek(100)
-        file.write(b"\xff")
+        # The first tensor begins behind the header, and lies in the first block of the first shard.
+        file.seek(8 + int.from_bytes(file.read(8), "little") + 100 if of_a_weight else 100)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
     server.fail_after, server.ranges = None, []
     fetch(server.client(), CHECKPOINT, tmp_path / "model")
     assert (sorted(server.files)[0], 0) in server.ranges
     assert len(server.ranges) == 2
+    vit.load(tmp_path / "model")
+
+
+def test_runs_that_overlap_are_no_fault(server: Server, tmp_path: Path) -> None:
+    """A shard that holds a whole tensor beside the one that holds a part of it."""
+    name = sorted(server.weights)[0]
+    data, _ = _shard(server.weights, [name])
+    flat = server.weights[name].ravel()
+    whole = TensorSlice(key=name, name=name, kind="weight", start=0, numel=flat.size)
+    data = data[: -flat.nbytes] + flat.tobytes()
+    extra = _describe("shards/weights-00002-of-00003.safetensors", 2, "weights", data, (whole,))
+    server.files[extra.name] = bytearray(data)
+    server.manifest = server.manifest.model_copy(update={"files": (*server.manifest.files, extra)})
+    fetch(server.client(), CHECKPOINT, tmp_path / "model")
+    state = vit.load(tmp_path / "model").state_dict()
+    assert all(np.array_equal(state[key].numpy(), value) for key, value in server.weights.items())
+
+
+def test_the_store_is_asked_where_a_redirect_led_until_that_address_expires(server: Server, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "store.test":
+            assert "Authorization" not in request.headers
+            if asked[-1] == "store.test" and "expired" not in asked:
+                asked.append("expired")
+                return httpx.Response(403)
+            asked.append("store.test")
+            return server.handle(request)
+        if "/files/" in request.url.path:
+            assert request.headers["Authorization"] == "Bearer t"
+            asked.append("patchwork.test")
+            return httpx.Response(307, headers={"Location": str(request.url.copy_with(host="store.test"))})
+        return server.handle(request)
+
+    client = Client("http://patchwork.test", "t", transport=httpx.MockTransport(handle))
+    fetch(client, CHECKPOINT, tmp_path / "model", num_threads=1)
+    # Once for each of the two shards, and once more when the address was not good any longer.
+    assert (asked.count("patchwork.test"), asked.count("expired")) == (3, 1)
     vit.load(tmp_path / "model")
 
 

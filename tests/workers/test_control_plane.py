@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.states import Desired
-from configs.wire import ClaimRequest, Heartbeat, MetricPoint, ReportBatch, WorkerEvent
+from configs.wire import ClaimRequest, Heartbeat, MetricPoint, ReportBatch, WorkerEvent, to_columns
 from tests.fakes.control_plane import SECRET, FakeControlPlane
 from workers.control_plane import ControlPlane, Spool, Superseded, Unreachable
 from workers.forwarder import MAX_METRICS_PER_BATCH, Forwarder
@@ -149,7 +149,7 @@ def test_large_reports_are_split_and_only_the_last_is_finished(server: FakeContr
     assert line.finish(10.0)
     attempt = server.attempt(ATTEMPT)
     assert len(attempt.values("train/loss")) == 2 * MAX_METRICS_PER_BATCH + 10
-    assert max(len(batch.metrics) for batch in attempt.batches.values()) == MAX_METRICS_PER_BATCH
+    assert max(batch.num_points for batch in attempt.batches.values()) == MAX_METRICS_PER_BATCH
     assert [batch.finished for _, batch in sorted(attempt.batches.items())].count(True) == 1
     assert attempt.batches[max(attempt.batches)].finished
 
@@ -224,7 +224,7 @@ def test_spool_keeps_its_order_and_its_bound_between_disk_and_memory(tmp_path: P
         found.append(batch)
         spool.remove(batch.seq)
     assert [batch.checkpoints for batch in found] == [("ckpt_1",), ("ckpt_2",), ("ckpt_3",)]
-    assert len(found[0].metrics) < len(found[2].metrics) == 100
+    assert found[0].num_points < found[2].num_points == 100
     assert sum(len(batch.model_dump_json()) for batch in found) <= 20_000
 
 
@@ -238,13 +238,24 @@ def test_a_spooled_report_that_cannot_be_read_holds_nobody_up(tmp_path: Path) ->
     assert (first.seq, len(spool)) == (2, 1)
 
 
+def test_a_spool_that_is_far_too_large_holds_no_metrics_in_the_end(tmp_path: Path) -> None:
+    event = WorkerEvent(type="note", message="kept", at=NOW)
+    spool = Spool(tmp_path, max_bytes=1)
+    spool.add(ReportBatch(seq=1, columns=to_columns(metrics(0, 7)), metrics=tuple(metrics(7, 2)), events=(event,)))
+    first = spool.first()
+    assert first is not None
+    assert (first.num_points, len(first.events)) == (0, 1)
+
+
 def test_spool_is_bounded_and_thins_the_oldest_metrics_only(tmp_path: Path) -> None:
     event = WorkerEvent(type="note", message="kept", at=NOW)
-    spool = Spool(tmp_path, max_bytes=100_000)
+    spool = Spool(tmp_path, max_bytes=40_000)
     for seq in range(1, 21):
-        spool.add(ReportBatch(seq=seq, metrics=metrics(0, 100), events=(event,), checkpoints=(f"ckpt_{seq}",)))
+        spool.add(
+            ReportBatch(seq=seq, columns=to_columns(metrics(0, 100)), events=(event,), checkpoints=(f"ckpt_{seq}",))
+        )
     stored = [ReportBatch.model_validate_json(path.read_bytes()) for path in sorted(tmp_path.glob("*.json"))]
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.json")) <= 100_000
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.json")) <= 40_000
     assert len(stored) == 20
     assert all(batch.events and batch.checkpoints for batch in stored)
-    assert len(stored[0].metrics) < len(stored[-1].metrics) == 100
+    assert stored[0].num_points < stored[-1].num_points == 100
