@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,12 +17,11 @@ from sqlalchemy.orm import Session
 
 from configs.ids import JOB_ID
 from configs.states import Desired, JobState
-from orchestrator.control.queue_view import load_view
-from orchestrator.control.scheduling import Start, Wait, schedule
 from orchestrator.control.transitions import allowed_actions
-from orchestrator.schemas import JobPage, JobPublic, QueuePublic
+from orchestrator.schemas import JobPage, JobPublic
 from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import Answer, Key, claim, remember
+from orchestrator.services.places import find_places, place_of_new, waits
 from orchestrator.services.problems import Invalid, NotFound, PreconditionFailed, WrongState, field_error
 from orchestrator.services.public import etag, job_public
 from orchestrator.storage.db import Database
@@ -128,8 +127,13 @@ def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
     attempts: dict[str, list[AttemptRow]] = {job_id: [] for job_id in ids}
     for attempt in session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(ids)).order_by(AttemptRow.number)):
         attempts[attempt.job_id].append(attempt)
-    queue = _queue(session, {row.id for row in rows if row.state == JobState.QUEUED})
+    queue = find_places(session, {row.id for row in rows if waits(row)})
     return [job_public(row, attempts[row.id], queue.get(row.id)) for row in rows]
+
+
+def publish_new(session: Session, row: JobRow) -> JobPublic:
+    """The public model of a job that was queued in this transaction."""
+    return job_public(row, (), place_of_new(session, row))
 
 
 _EVENTS = {
@@ -170,21 +174,6 @@ def _desire(
         # The answer itself is not kept: what the job is now says more.
         remember(session, key, Answer(202, b""))
         return publish(session, [row])[0]
-
-
-def _queue(session: Session, job_ids: Collection[str]) -> dict[str, QueuePublic]:
-    """The places of those of these jobs that wait: what the scheduler would decide on what it can see now. Jobs that it
-    has let go, and those that are wanted paused or stopped, do not wait for their turn."""
-    if not job_ids:
-        return {}
-    decisions = schedule(load_view(session, datetime.now(UTC)))
-    return {decision.job_id: _place(decision) for decision in decisions if decision.job_id in job_ids}
-
-
-def _place(decision: Start | Wait) -> QueuePublic:
-    if isinstance(decision, Wait):
-        return QueuePublic(position=decision.position, reason=decision.reason, message=decision.message)
-    return QueuePublic(position=1, reason=None, message="There is room: it starts with the scheduler's next look.")
 
 
 def _filtered(wanted: JobFilter) -> Select[Any]:

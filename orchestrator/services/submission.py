@@ -29,7 +29,7 @@ from orchestrator.control.transitions import enqueue
 from orchestrator.schemas import JobCreate, JobPreview
 from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import Answer, Key, claim, remember
-from orchestrator.services.jobs import check_action, find_job, publish
+from orchestrator.services.jobs import check_action, find_job, publish_new
 from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
@@ -333,7 +333,7 @@ def _copy(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
 def _insert(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
     row.created_by = actor.name
     enqueue(session, row, actor=actor.name, at=datetime.now(UTC))
-    public = publish(session, [row])[0]
+    public = publish_new(session, row)
     answer = Answer(201, public.model_dump_json().encode())
     remember(session, key, answer)
     return Submitted(row.id, answer, replayed=False)

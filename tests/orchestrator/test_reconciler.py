@@ -558,10 +558,10 @@ def test_after_a_loss_spike_it_goes_back_to_before_it_and_passes_over_the_data(w
     world.look(2)
     fourth = world.attempt_file(job_id, 4)
     assert fourth.resume_from is not None
-    assert fourth.resume_from.checkpoint_id == checkpoint_id(job_id, 10, 1), "the oldest where none is sound"
-    assert fourth.skips == (first, DataSkip(attempt_id=attempt_id(job_id, 3), at_step=10, num_batches=34))
+    assert fourth.resume_from.checkpoint_id == checkpoint_id(job_id, 20, 1), "the oldest kept where none is sound"
+    assert fourth.skips == (first, DataSkip(attempt_id=attempt_id(job_id, 3), at_step=20, num_batches=24))
 
-    world.end(job_id, ExitReason.LOSS_SPIKE, last_step=12, sound_step=11)
+    world.end(job_id, ExitReason.LOSS_SPIKE, last_step=22, sound_step=21)
     world.look()
     assert (world.job(job_id).state, world.job(job_id).reason) == (JobState.FAILED, ExitReason.LOSS_SPIKE)
 

@@ -1,0 +1,85 @@
+"""Places in the queue: what the scheduler would decide on what it can see now, shared by all who ask meanwhile.
+
+Deciding takes time in proportion to the jobs that wait; so the decisions are kept while the queue is the same (the same
+jobs, none of them changed), for a second at most, since what runs and the cluster change too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from configs.states import Desired, JobState
+from orchestrator.control.queue_view import load_view
+from orchestrator.control.scheduling import Start, Wait, schedule
+from orchestrator.schemas import QueuePublic
+from orchestrator.storage.tables import ClusterRow, JobRow
+
+KEPT_S = 1.0
+NOT_LOOKED_AT = "The scheduler has not looked at it yet."
+
+
+@dataclass(frozen=True)
+class _Kept:
+    queue: tuple[Any, ...]
+    at: float
+    places: dict[str, QueuePublic]
+
+
+_kept: dict[str, _Kept] = {}
+"""By database."""
+_deciding = threading.Lock()
+
+
+def waits(row: JobRow) -> bool:
+    """Whether a job waits for its turn. One that the scheduler has let go, or that is wanted paused or stopped, does
+    not."""
+    return row.state == JobState.QUEUED and row.start_workers is None and row.desired == Desired.RUN
+
+
+def find_places(session: Session, job_ids: Collection[str], kept_s: float = KEPT_S) -> dict[str, QueuePublic]:
+    """The places of those of these jobs that wait, decided anew or within the last `kept_s` seconds."""
+    if not job_ids:
+        return {}
+    database, queue = str(session.connection().engine.url), _fingerprint(session)
+    with _deciding:
+        kept = _kept.get(database)
+        if kept is None or kept.queue != queue or time.monotonic() - kept.at > kept_s:
+            decisions = schedule(load_view(session, datetime.now(UTC)))
+            places = {decision.job_id: _place(decision) for decision in decisions}
+            kept = _kept[database] = _Kept(queue, time.monotonic(), places)
+    return {job_id: kept.places[job_id] for job_id in job_ids if job_id in kept.places}
+
+
+def place_of_new(session: Session, row: JobRow) -> QueuePublic:
+    """The place of a job that was queued just now: how many are before it. Why it waits is for the scheduler to say."""
+    is_before = or_(
+        JobRow.priority > row.priority,
+        and_(JobRow.priority == row.priority, JobRow.created_at < row.created_at),
+    )
+    waiting = select(func.count()).where(JobRow.state == JobState.QUEUED, JobRow.start_workers.is_(None), is_before)
+    before = session.scalar(waiting.where(JobRow.desired == Desired.RUN)) or 0
+    return QueuePublic(position=before + 1, reason=None, message=NOT_LOOKED_AT)
+
+
+def _fingerprint(session: Session) -> tuple[Any, ...]:
+    """Changes with every job that joins or leaves the queue, with every change of one in it, and with every look at the
+    cluster."""
+    seen = select(
+        func.count(), func.sum(JobRow.version), func.count(JobRow.start_workers), func.max(JobRow.created_at)
+    ).where(JobRow.state == JobState.QUEUED)
+    cluster = session.execute(select(ClusterRow.seen_at, ClusterRow.reachable)).first()
+    return (*session.execute(seen).one(), *(cluster or ()))
+
+
+def _place(decision: Start | Wait) -> QueuePublic:
+    if isinstance(decision, Wait):
+        return QueuePublic(position=decision.position, reason=decision.reason, message=decision.message)
+    return QueuePublic(position=1, reason=None, message="There is room: it starts with the scheduler's next look.")

@@ -1,0 +1,66 @@
+"""Places in the queue: shared while nothing changes, right as soon as something does."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from configs.states import Desired
+from orchestrator.control.launcher import ClusterStatus, NodeInfo
+from orchestrator.control.queue_view import schedule_queue, store_cluster
+from orchestrator.services.places import NOT_LOOKED_AT, find_places
+from orchestrator.storage.db import Database
+from orchestrator.storage.tables import JobRow
+from tests.orchestrator.rows import submit
+
+
+def queue_of(api: TestClient, job_id: str) -> Any:
+    return api.get(f"/v1/jobs/{job_id}").json()["queue"]
+
+
+def test_a_new_job_knows_how_many_are_before_it(api: TestClient) -> None:
+    first = submit(api)
+    urgent = submit(api, queue__priority=90)
+    last = submit(api)
+    assert [job["queue"]["position"] for job in (first, urgent, last)] == [1, 1, 3]
+    assert last["queue"] == {"position": 3, "reason": None, "message": NOT_LOOKED_AT, "eta_s": None}
+    # Asked again, the reasons are there.
+    assert queue_of(api, last["id"])["position"] == 3
+    assert queue_of(api, last["id"])["reason"] == "CLUSTER_UNREACHABLE"
+
+
+@pytest.mark.db
+def test_decisions_are_shared_while_the_queue_is_the_same(api: TestClient, db: Database) -> None:
+    ids = [submit(api)["id"] for _ in range(3)]
+    with db.reader() as session:
+        first = find_places(session, ids)
+        assert find_places(session, ids)[ids[2]] is first[ids[2]], "not decided again"
+    api.post(f"/v1/jobs/{ids[0]}/cancel")
+    with db.reader() as session:
+        again = find_places(session, ids)
+    assert [again.get(id_) and again[id_].position for id_ in ids] == [None, 1, 2]
+
+
+@pytest.mark.db
+def test_what_other_processes_change_is_seen_at_once(api: TestClient, db: Database) -> None:
+    first, second = (submit(api)["id"] for _ in range(2))
+    assert queue_of(api, second)["position"] == 2
+    node = NodeInfo(id="n1", cpus=8.0)
+    store_cluster(db, ClusterStatus(cluster_id="c", nodes=(node,)), "", datetime.now(UTC))
+    assert queue_of(api, first)["message"].startswith("There is room")
+    # The scheduler lets both go: they wait no more.
+    schedule_queue(db, datetime.now(UTC))
+    assert (queue_of(api, first), queue_of(api, second)) == (None, None)
+
+
+def test_kept_places_grow_old(api: TestClient, db: Database) -> None:
+    job_id = submit(api)["id"]
+    with db.reader() as session:
+        first = find_places(session, [job_id], kept_s=0.0)
+        assert find_places(session, [job_id], kept_s=0.0)[job_id] is not first[job_id]
+    with db.session() as session:
+        session.get_one(JobRow, job_id).desired = Desired.PAUSE
+    assert queue_of(api, job_id) is None
