@@ -86,14 +86,33 @@ def num_parameters(config: VitConfig) -> int:
     stem = backbone.num_parameters if backbone else 0
     patch_embed = stem + config.patch_size**2 * config.patch_channels * dim + dim
     cls_token = dim * config.num_prefix
-    pos_embed = config.num_tokens * dim
     attention = (3 * dim * dim + 3 * dim) + (dim * dim + dim)
     mlp_block = (dim * mlp + mlp) + (mlp * dim + dim)
     layer_scale = 0 if config.layer_scale is None else 2 * dim
     block = attention + mlp_block + 4 * dim + layer_scale
     pre_logits = dim * dim + dim if config.head == "mlp" else 0
     head = dim * config.num_classes + config.num_classes
-    return patch_embed + cls_token + pos_embed + config.depth * block + 2 * dim + pre_logits + head
+    return patch_embed + cls_token + _num_positions(config) + config.depth * block + 2 * dim + pre_logits + head
+
+
+def _num_positions(config: VitConfig) -> int:
+    """Parameters of position embeddings, fixed ones included."""
+    times = config.depth if config.pos_embed_at == "every_layer" else 1
+    rows, columns = config.grid
+    match config.pos_embed:
+        case "none":
+            return 0
+        case "learned_2d":
+            return times * (rows + columns) * (config.embed_dim // 2)
+        case "relative":
+            return config.depth * num_offsets(config) * config.head_dim
+        case _:
+            return times * config.num_tokens * config.embed_dim
+
+
+def num_offsets(config: VitConfig) -> int:
+    """1-D offsets between two patches."""
+    return 2 * num_patches(config) - 1
 
 
 def macs_per_image(config: VitConfig) -> int:
@@ -105,6 +124,8 @@ def macs_per_image(config: VitConfig) -> int:
     patch_embed += backbone.macs if backbone else 0
     linears = tokens * (4 * dim * dim + 2 * dim * config.mlp_dim)
     attention = 2 * tokens * tokens * dim
+    if config.pos_embed == "relative":
+        attention += num_patches(config) * num_offsets(config) * dim
     head = dim * config.num_classes + (dim * dim if config.head == "mlp" else 0)
     return patch_embed + config.depth * (linears + attention) + head
 
@@ -166,7 +187,19 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
         per_token += 2 * dim + mlp
     if config.layer_scale is not None:
         per_token += 2 * width * dim
-    return config.num_tokens * per_token
+    block = config.num_tokens * per_token
+    if config.pos_embed == "relative":
+        block += _saved_by_relative_attention(config, precision)
+    return block
+
+
+def _saved_by_relative_attention(config: VitConfig, precision: Precision) -> int:
+    """Beyond what fused attention keeps: the softmax's result, H N N in fp32, its bf16 copy under autocast, and the
+    patches' queries again where a prefix lies between; no log-sum-exp."""
+    tokens, width = config.num_tokens, FP32 if precision == "fp32" else BF16
+    weights = config.num_heads * tokens * tokens * (FP32 if precision == "fp32" else FP32 + BF16)
+    queries = width * num_patches(config) * config.embed_dim if config.num_prefix else 0
+    return weights + queries - FP32 * config.num_heads * tokens
 
 
 def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
@@ -201,6 +234,7 @@ def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:
     kernels = config.depth * (4 * dim * dim + 2 * dim * config.mlp_dim)
     kernels += config.patch_size**2 * config.patch_channels * dim + dim * config.num_classes
     kernels += dim * dim if config.head == "mlp" else 0
+    kernels += _num_positions(config) if config.pos_embed == "relative" else 0
     return standardised + BF16 * kernels
 
 

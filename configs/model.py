@@ -21,7 +21,8 @@ DropPathRule = Literal["linear", "uniform"]
 LayerScale = Annotated[float, Field(gt=0.0, le=1.0)]
 Gelu = Literal["tanh", "exact"]
 HeadBias = Annotated[float, Field(ge=-50.0, le=50.0)]
-PosEmbed = Literal["learned", "sincos2d"]
+PosEmbed = Literal["none", "learned", "learned_2d", "relative", "sincos2d"]
+PosEmbedAt = Literal["stem", "every_layer", "every_layer_shared"]
 StageDepth = Annotated[int, Field(ge=1, le=64)]
 ConvNumerics = Literal["official", "timm"]
 """Whose epsilons the convolutions of a stem use; the two disagree by about 1e-3 in the logits (vit/resnet.py)."""
@@ -155,7 +156,16 @@ class ModelConfig(Strict):
         "1e-4; null: none.",
     )
     gelu: Gelu = "tanh"
-    pos_embed: PosEmbed = Field("learned", description="sincos2d: fixed sines and cosines (big_vision).")
+    pos_embed: PosEmbed = Field(
+        "learned",
+        description="none; learned: one per token, in raster order; learned_2d: halves for column and row; relative: a "
+        "term of attention for each 1-D offset of two patches; sincos2d: fixed sines and cosines (big_vision).",
+    )
+    pos_embed_at: PosEmbedAt = Field(
+        "stem",
+        description="Where learned positions are added: stem: once, before the blocks; every_layer: before each block, "
+        "its own; every_layer_shared: before each block, the same (paper, D.4).",
+    )
     pos_resize: PosResize = "official"
 
     @model_validator(mode="before")
@@ -188,8 +198,7 @@ class ModelConfig(Strict):
             raise ValueError(f"sizes are incomplete: {', '.join(missing)} missing beside {', '.join(given)}")
         if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.pos_embed == "sincos2d" and self.embed_dim is not None and (self.embed_dim % 4 or self.embed_dim < 8):
-            raise ValueError(f"pos_embed sincos2d needs an embed_dim that is a multiple of 4, got {self.embed_dim}")
+        _check_positions(self)
         if self.patch_size is not None:
             for side in self.image_hw:
                 if side % self.stride:
@@ -241,7 +250,13 @@ class VitConfig(Strict):
     layer_scale: LayerScale | None = None
     gelu: Gelu = "tanh"
     pos_embed: PosEmbed = "learned"
+    pos_embed_at: PosEmbedAt = "stem"
     pos_resize: PosResize = "official"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_positions(self)
+        return self
 
     @property
     def has_cls_token(self) -> bool:
@@ -276,6 +291,21 @@ class VitConfig(Strict):
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+
+def _check_positions(config: ModelConfig | VitConfig) -> None:
+    if config.pos_embed_at != "stem" and config.pos_embed not in ("learned", "learned_2d"):
+        raise ValueError(
+            f"pos_embed_at {config.pos_embed_at} does not apply to pos_embed {config.pos_embed}, only to learned and "
+            "learned_2d"
+        )
+    dim = config.embed_dim
+    if dim is None:
+        return
+    if config.pos_embed == "sincos2d" and (dim % 4 or dim < 8):
+        raise ValueError(f"pos_embed sincos2d needs an embed_dim that is a multiple of 4, got {dim}")
+    if config.pos_embed == "learned_2d" and dim % 2:
+        raise ValueError(f"pos_embed learned_2d needs an even embed_dim, got {dim}")
 
 
 def stride_text(config: ModelConfig | VitConfig) -> str:

@@ -149,7 +149,7 @@ def _inherit(
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    fields = (*SIZE_FIELDS, "stem", "in_channels", "pool", "gelu", "pos_embed", "layer_scale")
+    fields = (*SIZE_FIELDS, "stem", "in_channels", "pool", "gelu", "pos_embed", "pos_embed_at", "layer_scale")
     for field in (*fields, "head") if keep_head else fields:
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
@@ -162,6 +162,7 @@ def _inherit(
         inherited[field] = theirs.model_dump() if isinstance(theirs, BaseModel) else theirs
     inherited["variant"] = _variant_of(origin)
     faults.extend(_patch_faults(model, origin))
+    faults.extend(_grid_faults("model.image_size", model.image_hw, origin))
     return inherited
 
 
@@ -194,6 +195,18 @@ def _patch_faults(model: ModelConfig, origin: VitConfig) -> list[FieldError]:
         for side in sorted(set(model.image_hw))
         if side % origin.stride
     ]
+
+
+def _grid_faults(field: str, image_hw: tuple[int, int], origin: VitConfig) -> list[FieldError]:
+    """Relative positions belong to one grid: the same 1-D offset is another displacement where rows are longer."""
+    if origin.pos_embed != "relative" or image_hw == origin.image_size:
+        return []
+    height, width = origin.image_size
+    message = (
+        f"{field} {image_hw[0]} x {image_hw[1]}: the checkpoint's pos_embed relative cannot be resized from "
+        f"{height} x {width}"
+    )
+    return [FieldError("/" + field.replace(".", "/"), message, list(image_hw), f"{height} x {width}")]
 
 
 def _variant_of(config: VitConfig) -> str | None:
@@ -327,6 +340,8 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
                 f"a multiple of {source.model.stride}",
             )
         )
+    elif spec.image_size is not None:
+        faults.extend(_grid_faults("image_size", (spec.image_size, spec.image_size), source.model))
     if card.num_classes != source.model.num_classes:
         faults.append(
             FieldError(

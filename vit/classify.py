@@ -33,7 +33,7 @@ def predict(model: ViT, images: Sequence[Image | Tensor] | Tensor, batch_size: i
     if model.preprocess is None:
         raise ValueError("the model does not say how images are prepared: load it with vit.load, or set .preprocess")
     prepared = [prepare(image, model.preprocess) for image in images]
-    device = model.pos_embed.device
+    device = model.head.weight.device
     was_training = model.training
     model.eval()
     try:

@@ -14,17 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.model import DropPathRule, Gelu, StemConfig, VitConfig, stride_text
+from configs.model import DropPathRule, StemConfig, VitConfig, stride_text
 from configs.wire import Preprocess
-from vit.init import lecun_normal_, normal_, xavier_uniform_
-from vit.pos_embed import sincos2d
+from vit.blocks import LAYER_NORM_EPS, Block, init_norm
+from vit.init import lecun_normal_
+from vit.pos_embed import add_positions, init_positions, learned_positions, sincos2d
 from vit.resnet import OFFICIAL_HYBRID, TIMM_HYBRID, ResNetBackbone
-
-LAYER_NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
@@ -48,122 +46,6 @@ class PatchEmbed(nn.Module):
             self.backbone.init_weights(generator)
         lecun_normal_(self.proj.weight, generator)
         nn.init.zeros_(_bias(self.proj))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). Dropout after the output projection, none on the weights."""
-
-    def __init__(self, *, embed_dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, embed_dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, embed_dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, K)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K), scaled by 1 / sqrt(K)
-        x = x.transpose(1, 2).reshape(batch, tokens, embed_dim)
-        return self.dropout(self.proj(x))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        for kernel in self.qkv.weight.chunk(3):
-            xavier_uniform_(kernel, generator)
-        xavier_uniform_(self.proj.weight, generator)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.proj.bias)
-
-
-class Mlp(nn.Module):
-    """Two dense layers with GELU, (B, N, D) -> (B, N, D). Dropout after each."""
-
-    def __init__(self, *, embed_dim: int, mlp_dim: int, dropout: float, gelu: Gelu) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, mlp_dim)
-        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
-        self.fc2 = nn.Linear(mlp_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.act(self.fc1(x)))  # (B, N, mlp_dim)
-        return self.dropout(self.fc2(x))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        for layer in (self.fc1, self.fc2):
-            xavier_uniform_(layer.weight, generator)
-            normal_(layer.bias, 1e-6, generator)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, zeroes a residual branch for whole samples and scales the others by
-    1 / (1 - rate), so that the expectation is unchanged (timm's convention)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = torch.empty(x.shape[0], 1, 1, device=x.device).bernoulli_(keep)  # (B, 1, 1)
-        return (x * (mask / keep)).to(x.dtype)  # 1 / keep in fp32: rounded to bf16 it would bias the branch
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch, all of them `init` at the start (CaiT, arXiv
-    2103.17239)."""
-
-    def __init__(self, embed_dim: int, init: float) -> None:
-        super().__init__()
-        self.init = init
-        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-    def init_weights(self) -> None:
-        nn.init.constant_(self.gamma, self.init)
-
-
-class Block(nn.Module):
-    """z' = MSA(LN(z)) + z; z = MLP(LN(z')) + z' (paper, equations 2 and 3). LayerScale, if there is one, multiplies
-    what each branch adds."""
-
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        num_heads: int,
-        mlp_dim: int,
-        dropout: float,
-        drop_path: float,
-        gelu: Gelu,
-        layer_scale: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(embed_dim=embed_dim, num_heads=num_heads, dropout=dropout)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(embed_dim=embed_dim, mlp_dim=mlp_dim, dropout=dropout, gelu=gelu)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(embed_dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        _init_norm(self.norm1)
-        self.attn.init_weights(generator)
-        _init_norm(self.norm2)
-        self.mlp.init_weights(generator)
-        for scale in (self.ls1, self.ls2):
-            if isinstance(scale, LayerScale):
-                scale.init_weights()
 
 
 class ViT(nn.Module):
@@ -195,21 +77,14 @@ class ViT(nn.Module):
             backbone=None if config.stem is None else _backbone(config.stem, config.in_channels),
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.has_cls_token else None
-        # Fixed positions are a weight too, so that files hold them as timm's do; nothing ever trains them.
-        learned = config.pos_embed == "learned"
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim), requires_grad=learned)
+        has_table = config.pos_embed not in ("none", "relative") and config.pos_embed_at != "every_layer"
+        self.pos_embed = learned_positions(config) if has_table else None
+        if config.pos_embed == "sincos2d" and self.pos_embed is not None:
+            # Fixed positions are a weight too, so that files hold them as timm's do; nothing ever trains them.
+            self.pos_embed.requires_grad_(False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(
-                embed_dim=dim,
-                num_heads=config.num_heads,
-                mlp_dim=config.mlp_dim,
-                dropout=config.dropout,
-                drop_path=rate,
-                gelu=config.gelu,
-                layer_scale=config.layer_scale,
-            )
-            for rate in drop_path_rates(config.drop_path, config.depth, config.drop_path_rule)
+            Block(config, rate) for rate in drop_path_rates(config.drop_path, config.depth, config.drop_path_rule)
         )
         is_pooled_first = config.pool == "patch_mean"
         self.norm = nn.Identity() if is_pooled_first else nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -231,8 +106,8 @@ class ViT(nn.Module):
             ValueError: the images' channels or size are not those of the configuration.
         """
         x = self._embed(images)
-        for block in self.blocks:
-            x = self._run(block, x)
+        for index, block in enumerate(self.blocks):
+            x = self._run(block, x, index)
         return self.norm(x)
 
     def forward_intermediates(self, images: Tensor, indices: Sequence[int], norm: bool = False) -> list[Tensor]:
@@ -254,7 +129,7 @@ class ViT(nn.Module):
         maps = []
         x = self._embed(images)
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = self._run(block, x)
+            x = self._run(block, x, index)
             if index in wanted:
                 tokens = (self.norm(x) if norm else x)[:, self.num_prefix :]  # (B, rows * columns, D)
                 maps.append(tokens.transpose(1, 2).unflatten(2, (rows, columns)).contiguous())
@@ -277,11 +152,15 @@ class ViT(nn.Module):
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images have shape {tuple(images.shape[1:])} each, this model takes {expected}")
         x = self.patch_embed(images)  # (B, N - P, D)
+        # The residual stream is fp32 from here on, also where nothing in fp32 is added to what autocast gives.
+        x = x.float() if x.dtype is torch.bfloat16 else x
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
-        return self.dropout(x + self.pos_embed)
+        return self.dropout(add_positions(x, self.pos_embed))
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, index: int) -> Tensor:
+        if index > 0 and self.config.pos_embed_at == "every_layer_shared":
+            x = add_positions(x, self.pos_embed)
         if self.activation_checkpointing and self.training:
             # Dropout must draw the same mask again when the block is recomputed in the backward pass.
             return checkpoint(block, x, use_reentrant=False, preserve_rng_state=True)
@@ -299,16 +178,17 @@ class ViT(nn.Module):
         self.patch_embed.init_weights(generator)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
-        if self.config.pos_embed == "learned":
-            normal_(self.pos_embed, 0.02, generator)
-        else:
+        if self.config.pos_embed == "sincos2d":
+            assert isinstance(self.pos_embed, nn.Parameter)
             self.pos_embed.copy_(sincos2d(self.config.grid, self.config.embed_dim, self.num_prefix))
+        else:
+            init_positions(self.pos_embed, generator)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.init_weights(generator)
         for norm in (self.norm, self.fc_norm):
             if isinstance(norm, nn.LayerNorm):
-                _init_norm(norm)
+                init_norm(norm)
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits.weight, generator)
             nn.init.zeros_(self.pre_logits.bias)
@@ -348,11 +228,6 @@ def _check_sizes(config: VitConfig) -> None:
 def _backbone(stem: StemConfig, in_channels: int) -> ResNetBackbone:
     style = OFFICIAL_HYBRID if stem.numerics == "official" else TIMM_HYBRID
     return ResNetBackbone(stem.layers, width=stem.width, in_channels=in_channels, preact=False, style=style)
-
-
-def _init_norm(norm: nn.LayerNorm) -> None:
-    nn.init.ones_(norm.weight)
-    nn.init.zeros_(norm.bias)
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

@@ -22,7 +22,7 @@ def freeze(model: nn.Module, part: TrainedPart) -> None:
         is_trained = (
             part == "all"
             or name.startswith(HEAD_PREFIXES)
-            or (part == "attention" and (".attn." in name or name == "pos_embed"))
+            or (part == "attention" and (".attn." in name or "pos_embed" in name))
         )
         p.requires_grad_(p.requires_grad and is_trained)
 

@@ -37,9 +37,10 @@ def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]
     """timm's state dict of the model made with `timm_arguments(config)`: equal logits.
 
     Raises:
-        ValueError: the model has an MLP head or a stem that timm has not, or `state` is not a complete set of weights.
+        ValueError: the model has an MLP head, positions or a stem that timm has not, or `state` is not a complete set
+            of weights.
     """
-    _refuse_mlp_head(config)
+    _refuse_ours_alone(config)
     _timm_architecture(config)
     check_weights(state, config)
     return {_theirs(name, config): tensor for name, tensor in state.items()}
@@ -52,7 +53,7 @@ def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tenso
     Raises:
         ValueError: timm's model has parts ours has not, or its weights are not those of `config`.
     """
-    _refuse_mlp_head(config)
+    _refuse_ours_alone(config)
     state = timm_names(state)
     foreign = dict(_FOREIGN_PARTS)
     if config.layer_scale is None:
@@ -93,6 +94,7 @@ def timm_arguments(config: VitConfig) -> dict[str, Any]:
         "class_token": config.has_cls_token,
         "fc_norm": config.pool == "patch_mean",
         "init_values": config.layer_scale,
+        "pos_embed": "none" if config.pos_embed == "none" else "learn",
         "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",
     }
 
@@ -170,7 +172,17 @@ def _theirs(name: str, config: VitConfig) -> str:
     return name
 
 
-def _refuse_mlp_head(config: VitConfig) -> None:
+def _refuse_ours_alone(config: VitConfig) -> None:
+    if config.pos_embed in ("learned_2d", "relative"):
+        raise ValueError(
+            f"model.pos_embed {config.pos_embed}: timm's models have one position per token or none. Use the "
+            "safetensors format"
+        )
+    if config.pos_embed_at != "stem":
+        raise ValueError(
+            f"model.pos_embed_at {config.pos_embed_at}: timm's models add positions at the stem only. Use the "
+            "safetensors format"
+        )
     if config.head == "mlp":
         raise ValueError(
             "head: mlp has a hidden layer (pre_logits) before the classifier, which timm's models have not: the "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from configs.model import POOL_CHANGES, VitConfig
-from vit.pos_embed import resize_pos_embed, sincos2d
+from vit.pos_embed import resize_axis, resize_pos_embed, sincos2d
 from vit.state import check_weights
 
 BODY_FIELDS = (
@@ -20,6 +20,7 @@ BODY_FIELDS = (
     "in_channels",
     "gelu",
     "pos_embed",
+    "pos_embed_at",
 )
 """What source and target must share, beside pooling and LayerScale; image size, classes, head and dropout may
 differ."""
@@ -48,24 +49,43 @@ def transfer_weights(
     check_weights(state, source)
     dropped = (() if keep_head else HEAD_PREFIXES) + (("norm.",) if pools_differ else ())
     body = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
-    return body | {"pos_embed": _resized_positions(state, source, target)}
+    return body | _resized_positions(body, source, target)
 
 
 def resize_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
     """The same model, head included, for another image size: only the positions change, by `target.pos_resize`.
 
     Raises:
-        ValueError: `state` is not a complete model of `source`, or more than the image size differs.
+        ValueError: `state` is not a complete model of `source`, more than the image size differs, or its positions
+            are relative.
     """
     _check_same("resize", ("pool", *BODY_FIELDS, *HEAD_FIELDS), source, target)
     check_weights(state, source)
-    return dict(state) | {"pos_embed": _resized_positions(state, source, target)}
+    return dict(state) | _resized_positions(state, source, target)
 
 
-def _resized_positions(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> Tensor:
+def _resized_positions(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+    """The positions on the target's grid, under their names: those of the stem, or of every block."""
+    if source.pos_embed == "relative" and source.grid != target.grid:
+        raise ValueError(
+            f"cannot resize pos_embed relative from a grid of {source.grid} to {target.grid}: the same 1-D offset is "
+            "another displacement there"
+        )
+    return {
+        name: _resized(name, tensor, source, target)
+        for name, tensor in state.items()
+        if name.endswith(("pos_embed", "pos_embed.x", "pos_embed.y"))
+    }
+
+
+def _resized(name: str, tensor: Tensor, source: VitConfig, target: VitConfig) -> Tensor:
+    if name.endswith(".x"):
+        return resize_axis(tensor, target.grid[1], target.pos_resize)
+    if name.endswith(".y"):
+        return resize_axis(tensor, target.grid[0], target.pos_resize)
     if target.pos_embed == "sincos2d" and source.grid != target.grid:
         return sincos2d(target.grid, target.embed_dim, target.num_prefix)
-    return resize_pos_embed(state["pos_embed"], source.grid, target.grid, source.num_prefix, target.pos_resize)
+    return resize_pos_embed(tensor, source.grid, target.grid, source.num_prefix, target.pos_resize)
 
 
 def _check_same(action: str, fields: tuple[str, ...], source: VitConfig, target: VitConfig) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from configs.load import SpecError
 from configs.resolve import canonical_json, load_resolved, resolve, training_fingerprint
-from tests.configs.specs import CARD, FINETUNE, PRETRAIN, job, source
+from tests.configs.specs import CARD, EVALUATE, FINETUNE, PRETRAIN, job, source
 
 # The canonical JSON of a job resolved before recipes had fields of their own.
 OLD = (
@@ -59,6 +59,10 @@ def test_an_old_job_loads_and_is_the_job_of_today() -> None:
         ({"model__pool": "mean"}, "pool"),
         ({"model__drop_path_rule": "constant"}, "drop_path_rule"),
         ({"model__pos_embed": "sincos2d", "model__embed_dim": 30}, "multiple of 4"),
+        (
+            {"model__pos_embed": "relative", "model__pos_embed_at": "every_layer"},
+            "does not apply to pos_embed relative",
+        ),
     ],
 )
 def test_what_does_not_apply_is_refused(overrides: dict[str, Any], words: str) -> None:
@@ -86,6 +90,22 @@ def test_a_finetune_takes_over_the_kind_of_positions() -> None:
     assert resolved.model.pos_embed == "sincos2d"
     with pytest.raises(SpecError, match="pos_embed 'learned' contradicts checkpoint ckpt_x"):
         resolve(job(FINETUNE, model__pos_embed="learned"), CARD, origin)
+
+
+def test_relative_positions_keep_their_image_size() -> None:
+    origin = source(pos_embed="relative")
+    assert resolve(job(FINETUNE, model__image_size=16), CARD, origin).model.pos_embed == "relative"
+    with pytest.raises(SpecError, match=r"model\.image_size 24 x 24: the checkpoint's pos_embed relative cannot"):
+        resolve(job(FINETUNE), CARD, origin)
+    data = job(FINETUNE).data
+    at_home = source(pos_embed="relative", data=data)
+    assert resolve(job(EVALUATE, image_size=16), CARD, at_home).image_size == 16
+    with pytest.raises(SpecError, match="image_size 24 x 24: the checkpoint's pos_embed relative cannot"):
+        resolve(job(EVALUATE, image_size=24), CARD, at_home)
+    layered = source(pos_embed="learned_2d", pos_embed_at="every_layer")
+    assert resolve(job(FINETUNE), CARD, layered).model.pos_embed_at == "every_layer"
+    with pytest.raises(SpecError, match="pos_embed_at 'stem' contradicts checkpoint ckpt_x"):
+        resolve(job(FINETUNE, model__pos_embed_at="stem"), CARD, layered)
 
 
 def test_a_finetune_may_read_the_mean_of_the_patches() -> None:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from configs.model import VitConfig, variant_sizes
 from vit import ViT, build
+from vit.blocks import Block, DropPath
 from vit.losses import classification_loss, count_topk_correct
-from vit.model import Block, DropPath, drop_path_rates, empty
+from vit.model import drop_path_rates, empty
 
 
 def config_of(variant: str, image_size: int = 224, num_classes: int = 1000, **fields: object) -> VitConfig:
@@ -328,8 +329,8 @@ def test_sizes_that_do_not_fit_are_refused(make_config) -> None:
         ViT(make_config(image_size=(16, 18)))
 
 
-def test_block_takes_any_number_of_tokens() -> None:
-    block = Block(embed_dim=8, num_heads=2, mlp_dim=16, dropout=0.0, drop_path=0.0, gelu="tanh")
+def test_block_takes_any_number_of_tokens(make_config) -> None:
+    block = Block(make_config(embed_dim=8, num_heads=2, mlp_dim=16), drop_path=0.0)
     assert block(torch.randn(2, 5, 8)).shape == (2, 5, 8)
     assert block(torch.randn(1, 1, 8)).shape == (1, 1, 8)
 

@@ -77,7 +77,6 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
     depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
     stem = _infer_stem(state)
     is_cls = "cls_token" in state
-    positions = _shape(state, "pos_embed", 3)[1]
     stride = patch_size * (stem.stride if stem is not None else 1)
     return VitConfig.model_validate(
         {
@@ -87,13 +86,14 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
             "depth": depth,
             "num_heads": _num_heads(embed_dim, wanted.num_heads),
             "mlp_dim": _shape(state, "blocks.0.mlp.fc1.weight", 2)[0],
-            "image_size": _image_size(wanted, positions, stride, is_cls),
+            "image_size": _image_size(state, wanted, stride, is_cls),
             "in_channels": patch_channels if stem is None else _shape(state, _root(state), 4)[1],
             "num_classes": _shape(state, "head.weight", 2)[0] if "head.weight" in state else 1,
             "head": "mlp" if "pre_logits.weight" in state else "linear",
             "pool": _pool(state),
             "layer_scale": UNKNOWN_LAYER_SCALE if "blocks.0.ls1.gamma" in state else None,
             "gelu": wanted.gelu or gelu,
+            "pos_embed": "learned" if "pos_embed" in state else "none",
         }
     )
 
@@ -116,10 +116,15 @@ def _num_heads(embed_dim: int, given: int | None) -> int:
     return HEADS_BY_WIDTH[embed_dim]
 
 
-def _image_size(wanted: ImportModel, positions: int, stride: int, is_cls: bool) -> tuple[int, int]:
+def _image_size(state: Mapping[str, Tensor], wanted: ImportModel, stride: int, is_cls: bool) -> tuple[int, int]:
     """timm's models without a position for the class token (`no_embed_class`) have one position fewer."""
     size = wanted.image_size
     given = (size, size) if isinstance(size, int) else size
+    if "pos_embed" not in state:
+        if given is None:
+            raise ValueError("the file has no positions (pos_embed) that tell the image's size: give model.image_size")
+        return given
+    positions = _shape(state, "pos_embed", 3)[1]
     if is_cls:
         side = round((positions - 1) ** 0.5)
         if given is None and side * side != positions - 1:

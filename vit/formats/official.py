@@ -155,6 +155,13 @@ def _refuse_ours_alone(config: VitConfig) -> None:
         raise ValueError("model.pool patch_mean: the official code has no norm after pooling, only cls and gap")
     if config.layer_scale is not None:
         raise ValueError(f"model.layer_scale {config.layer_scale:g}: the official code has no LayerScale, only null")
+    if config.pos_embed not in ("learned", "sincos2d"):
+        raise ValueError(
+            f"model.pos_embed {config.pos_embed}: the official files have one position per token, only learned and "
+            "sincos2d"
+        )
+    if config.pos_embed_at != "stem":
+        raise ValueError(f"model.pos_embed_at {config.pos_embed_at}: the official code adds positions at the stem only")
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
