@@ -85,14 +85,18 @@ def num_parameters(config: VitConfig) -> int:
     backbone = stem_of(config)
     stem = backbone.num_parameters if backbone else 0
     patch_embed = stem + config.patch_size**2 * config.patch_channels * dim + dim
-    cls_token = dim * config.num_prefix
+    prefix = dim * config.num_prefix
     attention = (3 * dim * dim + 3 * dim) + (dim * dim + dim)
     mlp_block = (dim * mlp + mlp) + (mlp * dim + dim)
     layer_scale = 0 if config.layer_scale is None else 2 * dim
-    block = attention + mlp_block + 4 * dim + layer_scale
+    qk_norm = 4 * config.head_dim if config.qk_norm else 0
+    block = attention + mlp_block + 4 * dim + layer_scale + qk_norm
     pre_logits = dim * dim + dim if config.head == "mlp" else 0
     head = dim * config.num_classes + config.num_classes
-    return patch_embed + cls_token + _num_positions(config) + config.depth * block + 2 * dim + pre_logits + head
+    # The learned query, attention, a norm and an MLP.
+    pool = dim + attention + mlp_block + 2 * dim if config.pool == "map" else 0
+    positions = _num_positions(config)
+    return patch_embed + prefix + positions + config.depth * block + 2 * dim + pool + pre_logits + head
 
 
 def _num_positions(config: VitConfig) -> int:
@@ -127,6 +131,9 @@ def macs_per_image(config: VitConfig) -> int:
     if config.pos_embed == "relative":
         attention += num_patches(config) * num_offsets(config) * dim
     head = dim * config.num_classes + (dim * dim if config.head == "mlp" else 0)
+    if config.pool == "map":
+        patches = num_patches(config)
+        head += 2 * patches * dim * dim + 2 * patches * dim + 2 * dim * dim + 2 * dim * config.mlp_dim
     return patch_embed + config.depth * (linears + attention) + head
 
 
@@ -177,7 +184,9 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
         input of fc2                  a M     GELU's output, after dropout
 
     Dropout adds its masks, 2 D + M elements of one byte. (CPU kernels keep them in the activation's own type.)
-    LayerScale adds what it multiplies, the output of each branch: 2 a D.
+    LayerScale adds what it multiplies, the output of each branch: 2 a D. QK-norm adds its inputs in fp32 and its
+    results, of queries and keys: 2 (4 + a) D, less 2 a D in fp32, where the inputs are views of qkv's output; and their
+    means and 1/std: 16 H.
     """
     dim, mlp = config.embed_dim, config.mlp_dim
     width = FP32 if precision == "fp32" else BF16
@@ -187,6 +196,8 @@ def saved_bytes_per_block(config: VitConfig, precision: Precision) -> int:
         per_token += 2 * dim + mlp
     if config.layer_scale is not None:
         per_token += 2 * width * dim
+    if config.qk_norm:
+        per_token += 2 * dim * (FP32 if precision == "fp32" else FP32 + BF16) + 16 * config.num_heads
     block = config.num_tokens * per_token
     if config.pos_embed == "relative":
         block += _saved_by_relative_attention(config, precision)
@@ -218,9 +229,18 @@ def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
         image = backbone.saved_bytes(precision == "bf16") + _feature_copy_bytes(backbone, precision)
     norm = (1 if config.pool == "patch_mean" else tokens) * (FP32 * dim + 2 * FP32)
     pooled = width * dim * (tokens if precision == "fp32" and config.pool == "cls" else 1)
+    pooled += _saved_by_map_head(config, width) if config.pool == "map" else 0
     head = pooled + (width * dim if config.head == "mlp" else 0) + 3 * FP32 * config.num_classes
     mask = tokens * dim if config.dropout > 0.0 else 0
     return image + norm + head + mask
+
+
+def _saved_by_map_head(config: VitConfig, width: int) -> int:
+    """Of attention pooling: the patches as it reads them, their keys and values, and one token's way through attention,
+    norm and MLP."""
+    dim, heads = config.embed_dim, config.num_heads
+    tokens = width * num_patches(config) * 3 * dim
+    return tokens + width * (3 * dim + 2 * config.mlp_dim) + FP32 * (dim + 2 + heads)
 
 
 def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:
@@ -234,6 +254,7 @@ def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:
     kernels = config.depth * (4 * dim * dim + 2 * dim * config.mlp_dim)
     kernels += config.patch_size**2 * config.patch_channels * dim + dim * config.num_classes
     kernels += dim * dim if config.head == "mlp" else 0
+    kernels += 4 * dim * dim + 2 * dim * config.mlp_dim if config.pool == "map" else 0
     kernels += _num_positions(config) if config.pos_embed == "relative" else 0
     return standardised + BF16 * kernels
 

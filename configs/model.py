@@ -16,7 +16,8 @@ from configs.base import Strict
 Size = Annotated[int, Field(ge=1, le=65536)]
 ImageSize = Annotated[int, Field(ge=1, le=4096)]
 Head = Literal["linear", "mlp"]
-Pool = Literal["cls", "gap", "patch_mean"]
+Pool = Literal["cls", "gap", "patch_mean", "map"]
+Registers = Annotated[int, Field(ge=0, le=16)]
 DropPathRule = Literal["linear", "uniform"]
 LayerScale = Annotated[float, Field(gt=0.0, le=1.0)]
 Gelu = Literal["tanh", "exact"]
@@ -143,8 +144,11 @@ class ModelConfig(Strict):
     pool: Pool = Field(
         "cls",
         description="cls: the class token; gap: the mean of all tokens, no class token; patch_mean: the mean of the "
-        "patches beside a class token, with the norm after it (MAE fine-tuning).",
+        "patches beside a class token, with the norm after it (MAE fine-tuning); map: a learned query attends to the "
+        "patches, no class token (big_vision).",
     )
+    registers: Registers = Field(0, description="Learned tokens beside the patches that nothing reads (DINOv2).")
+    qk_norm: bool = Field(False, description="LayerNorm of each head's queries and keys (ViT-22B).")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Rate of the last block.")
     drop_path_rule: DropPathRule = Field(
@@ -244,6 +248,8 @@ class VitConfig(Strict):
     head: Head = "linear"
     head_bias_init: HeadBias = 0.0
     pool: Pool = "cls"
+    registers: Registers = 0
+    qk_norm: bool = False
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path_rule: DropPathRule = "linear"
@@ -260,12 +266,12 @@ class VitConfig(Strict):
 
     @property
     def has_cls_token(self) -> bool:
-        return self.pool != "gap"
+        return self.pool in ("cls", "patch_mean")
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before those of the patches: the class token, if there is one."""
-        return 1 if self.has_cls_token else 0
+        """Tokens before those of the patches: the class token, if there is one, then the registers."""
+        return (1 if self.has_cls_token else 0) + self.registers
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -284,7 +290,7 @@ class VitConfig(Strict):
 
     @property
     def num_tokens(self) -> int:
-        """Sequence length, with the class token if there is one."""
+        """Sequence length, with class token and registers if there are any."""
         rows, columns = self.grid
         return self.num_prefix + rows * columns
 

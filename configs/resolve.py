@@ -137,6 +137,19 @@ def _training(
     }
 
 
+_INHERITED = (
+    "stem",
+    "in_channels",
+    "pool",
+    "registers",
+    "qk_norm",
+    "gelu",
+    "pos_embed",
+    "pos_embed_at",
+    "layer_scale",
+)
+
+
 def _inherit(
     model: ModelConfig, source: SourceCheckpoint | None, keep_head: bool, faults: list[FieldError]
 ) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def _inherit(
         return {}
     origin = source.model
     inherited: dict[str, Any] = {}
-    fields = (*SIZE_FIELDS, "stem", "in_channels", "pool", "gelu", "pos_embed", "pos_embed_at", "layer_scale")
+    fields = (*SIZE_FIELDS, *_INHERITED)
     for field in (*fields, "head") if keep_head else fields:
         given, theirs = getattr(model, field), getattr(origin, field)
         is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)

@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.num_prefix = config.num_prefix
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = (HeadNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
         rows, columns = config.grid
@@ -39,13 +40,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, embed_dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, embed_dim // self.num_heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, K)
         if self.pos_embed is None:
-            q, k, v = qkv.unbind(0)
+            q, k, v = qkv.unbind(2)  # 3 x (B, N, H, K)
+            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K), scaled by 1 / sqrt(K)
         else:
-            q, k, v = qkv.contiguous().unbind(0)
-            x = self._relative_attention(q, k, v, self.pos_embed)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # 3 x (B, H, N, K)
+            x = self._relative_attention(self.q_norm(q), self.k_norm(k), v, self.pos_embed)
         x = x.transpose(1, 2).reshape(batch, tokens, embed_dim)
         return self.dropout(self.proj(x))
 
@@ -61,6 +63,9 @@ class Attention(nn.Module):
         xavier_uniform_(self.proj.weight, generator)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
+        for norm in (self.q_norm, self.k_norm):
+            if isinstance(norm, nn.LayerNorm):
+                init_norm(norm)
         if self.pos_embed is not None:
             self.pos_embed.init_weights(generator)
 
@@ -147,6 +152,51 @@ class Block(nn.Module):
         for scale in (self.ls1, self.ls2):
             if isinstance(scale, LayerScale):
                 scale.init_weights()
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to the patches, then an MLP beside it: (B, N - P, D) -> (B, D)
+    (google-research/big_vision `models/vit.py`, `MAPHead`). No dropout."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.num_heads = config.num_heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(config.model_copy(update={"dropout": 0.0}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, patches, embed_dim = x.shape
+        q = self.q(self.latent).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (1, H, 1, K)
+        kv = self.kv(x).reshape(batch, patches, 2, self.num_heads, embed_dim // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # 2 x (B, H, N - P, K)
+        x = F.scaled_dot_product_attention(q.expand(batch, -1, -1, -1), k, v)  # (B, H, 1, K)
+        x = self.proj(x.transpose(1, 2).reshape(batch, embed_dim))
+        return x + self.mlp(self.norm(x))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        xavier_uniform_(self.latent[0], generator)
+        for kernel in (self.q.weight, *self.kv.weight.chunk(2), self.proj.weight):
+            xavier_uniform_(kernel, generator)
+        for bias in (self.q.bias, self.kv.bias, self.proj.bias):
+            nn.init.zeros_(bias)
+        init_norm(self.norm)
+        self.mlp.init_weights(generator)
+
+
+class HeadNorm(nn.LayerNorm):
+    """Normalises each head's queries or keys, (..., K): in fp32 whatever autocast says, its result in their own type,
+    which attention reads. CUDA's autocast computes it so by itself, the CPU's would not."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() if x.dtype is torch.bfloat16 else x).to(x.dtype)
 
 
 def init_norm(norm: nn.LayerNorm) -> None:

@@ -4,9 +4,9 @@ Numerics follow google-research/vision_transformer `vit_jax/models_vit.py` (pre-
 parameter names follow timm.
 
     B  batch                     D  embed dim
-    N  tokens, class token       H  heads
+    N  tokens, the prefix        H  heads
        included                  K  head dim, D / H
-    P  prefix tokens, 1 or 0     C  classes
+    P  prefix tokens             C  classes
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.model import DropPathRule, StemConfig, VitConfig, stride_text
 from configs.wire import Preprocess
-from vit.blocks import LAYER_NORM_EPS, Block, init_norm
-from vit.init import lecun_normal_
+from vit.blocks import LAYER_NORM_EPS, AttentionPool, Block, init_norm
+from vit.init import lecun_normal_, normal_
 from vit.pos_embed import add_positions, init_positions, learned_positions, sincos2d
 from vit.resnet import OFFICIAL_HYBRID, TIMM_HYBRID, ResNetBackbone
 
@@ -51,10 +51,11 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer of any size, of image patches or (`stem`) of a convolutional feature map.
 
-    `pool: cls` prepends a class token and reads it; `pool: gap` has none and reads the mean of all tokens after the
-    final norm (google-research/big_vision); `pool: patch_mean` prepends one and reads the mean of the patches, and the
-    final norm, then called `fc_norm`, comes after the mean (facebookresearch/mae fine-tuning). `head: mlp` puts a D x D
-    layer with tanh before the classifier.
+    `pool: cls` prepends a class token and reads it; `pool: gap` has none and reads the mean of all patches after the
+    final norm (google-research/big_vision); `pool: map` has none and lets a learned query attend to the patches after
+    the final norm (big_vision); `pool: patch_mean` prepends one and reads the mean of the patches, and the final norm,
+    then called `fc_norm`, comes after the mean (facebookresearch/mae fine-tuning). `registers` follow the class token.
+    `head: mlp` puts a D x D layer with tanh before the classifier.
     Its weights are torch's defaults until `init_weights`; `build` makes an initialised one.
 
     Raises:
@@ -77,6 +78,7 @@ class ViT(nn.Module):
             backbone=None if config.stem is None else _backbone(config.stem, config.in_channels),
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.has_cls_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
         has_table = config.pos_embed not in ("none", "relative") and config.pos_embed_at != "every_layer"
         self.pos_embed = learned_positions(config) if has_table else None
         if config.pos_embed == "sincos2d" and self.pos_embed is not None:
@@ -88,6 +90,7 @@ class ViT(nn.Module):
         )
         is_pooled_first = config.pool == "patch_mean"
         self.norm = nn.Identity() if is_pooled_first else nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         self.fc_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if is_pooled_first else nn.Identity()
         self.pre_logits = nn.Linear(dim, dim) if config.head == "mlp" else None
         self.head = nn.Linear(dim, config.num_classes)
@@ -100,7 +103,7 @@ class ViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the final norm (`pool: patch_mean`: before it), (B, N, D); the class token, if any, is the
-        first.
+        first, then come the registers.
 
         Raises:
             ValueError: the images' channels or size are not those of the configuration.
@@ -138,13 +141,18 @@ class ViT(nn.Module):
     def forward_representation(self, features: Tensor) -> Tensor:
         """The vector that the classifier reads, (B, D), of the tokens that `forward_features` gives: pooled, and with
         `head: mlp` after its hidden layer and tanh."""
-        x = features[:, 0] if self.config.pool == "cls" else features[:, self.num_prefix :].mean(dim=1)
-        x = self.fc_norm(x)
+        x = self.fc_norm(self._pool(features))
         return x if self.pre_logits is None else torch.tanh(self.pre_logits(x))
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Logits, (B, C), of the tokens that `forward_features` gives."""
         return self.head(self.forward_representation(features))
+
+    def _pool(self, features: Tensor) -> Tensor:
+        if self.config.pool == "cls":
+            return features[:, 0]
+        patches = features[:, self.num_prefix :]
+        return patches.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches)
 
     def _embed(self, images: Tensor) -> Tensor:
         """The tokens that the first block reads, (B, N, D)."""
@@ -154,8 +162,8 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # (B, N - P, D)
         # The residual stream is fp32 from here on, also where nothing in fp32 is added to what autocast gives.
         x = x.float() if x.dtype is torch.bfloat16 else x
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*prefix, x], dim=1) if prefix else x  # (B, N, D)
         return self.dropout(add_positions(x, self.pos_embed))
 
     def _run(self, block: nn.Module, x: Tensor, index: int) -> Tensor:
@@ -178,6 +186,8 @@ class ViT(nn.Module):
         self.patch_embed.init_weights(generator)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
+        if self.reg_token is not None:
+            normal_(self.reg_token, 1e-6, generator)
         if self.config.pos_embed == "sincos2d":
             assert isinstance(self.pos_embed, nn.Parameter)
             self.pos_embed.copy_(sincos2d(self.config.grid, self.config.embed_dim, self.num_prefix))
@@ -189,6 +199,8 @@ class ViT(nn.Module):
         for norm in (self.norm, self.fc_norm):
             if isinstance(norm, nn.LayerNorm):
                 init_norm(norm)
+        if self.attn_pool is not None:
+            self.attn_pool.init_weights(generator)
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits.weight, generator)
             nn.init.zeros_(self.pre_logits.bias)

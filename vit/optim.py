@@ -29,11 +29,12 @@ def freeze(model: nn.Module, part: TrainedPart) -> None:
 
 def layer_numbers(model: nn.Module) -> dict[str, int]:
     """The layer of each parameter, for layer-wise decay of the learning rate: 0 the embeddings (patches, class token,
-    positions), i + 1 block i, and one more for what follows the blocks (facebookresearch/mae `lr_decay.py`)."""
+    registers, positions), i + 1 block i, and one more for what follows the blocks (facebookresearch/mae
+    `lr_decay.py`)."""
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) + 1 for name in names if (match := _BLOCK.match(name))}
     last = max(blocks.values(), default=0) + 1
-    embeddings = ("patch_embed.", "cls_token", "pos_embed")
+    embeddings = ("patch_embed.", "cls_token", "reg_token", "pos_embed")
     return {name: blocks.get(name, 0 if name.startswith(embeddings) else last) for name in names}
 
 

@@ -22,12 +22,11 @@ from vit.state import check_weights, expected_shapes
 
 _FOREIGN_PARTS = {
     "norm_pre.": "a norm before the blocks (pre_norm)",
-    "attn_pool.": "attention pooling",
-    "reg_token": "register tokens",
-    "q_norm.": "query-key norm",
-    "k_norm.": "query-key norm",
     "head_dist.": "a distillation head",
 }
+_ATTENTION_POOL = {"attn_pool.": "attention pooling"}
+_REGISTERS = {"reg_token": "register tokens"}
+_QK_NORM = {"q_norm.": "query-key norm", "k_norm.": "query-key norm"}
 _LAYER_SCALE = {"ls1.": "LayerScale", "ls2.": "LayerScale"}
 _POOLED_NORM = {"fc_norm.": "a norm after pooling (fc_norm)"}
 _DEIT_GAMMA = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")
@@ -47,19 +46,15 @@ def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]
 
 
 def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
-    """Our state dict of a timm state dict; LayerScale may have DeiT-III's names. A class token without a position of
-    its own (`no_embed_class`) gets a zero one, which is the same function.
+    """Our state dict of a timm state dict; LayerScale may have DeiT-III's names. A class token or register
+    without a position of its own (`no_embed_class`) gets a zero one, which is the same function.
 
     Raises:
         ValueError: timm's model has parts ours has not, or its weights are not those of `config`.
     """
     _refuse_ours_alone(config)
     state = timm_names(state)
-    foreign = dict(_FOREIGN_PARTS)
-    if config.layer_scale is None:
-        foreign |= _LAYER_SCALE
-    if config.pool != "patch_mean":
-        foreign |= _POOLED_NORM
+    foreign = _foreign_parts(config)
     for name in state:
         for part, meaning in foreign.items():
             if name.startswith(part) or f".{part}" in name:
@@ -68,10 +63,26 @@ def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tenso
     ours = {names.get(name, name): tensor for name, tensor in state.items()}
     rows, columns = config.grid
     positions = ours.get("pos_embed")
-    if config.has_cls_token and positions is not None and positions.shape[1] == rows * columns:
-        ours["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    if config.num_prefix and positions is not None and positions.shape[1] == rows * columns:
+        zeros = positions.new_zeros(1, config.num_prefix, positions.shape[2])
+        ours["pos_embed"] = torch.cat([zeros, positions], dim=1)
     check_weights(ours, config)
     return ours
+
+
+def _foreign_parts(config: VitConfig) -> dict[str, str]:
+    """What a file may hold that this model has not: beginnings of names, and what they are."""
+    has_part: list[tuple[bool, dict[str, str]]] = [
+        (config.layer_scale is not None, _LAYER_SCALE),
+        (config.pool == "patch_mean", _POOLED_NORM),
+        (config.pool == "map", _ATTENTION_POOL),
+        (config.registers > 0, _REGISTERS),
+        (config.qk_norm, _QK_NORM),
+    ]
+    foreign = dict(_FOREIGN_PARTS)
+    for has, part in has_part:
+        foreign |= {} if has else part
+    return foreign
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,9 +101,11 @@ def timm_arguments(config: VitConfig) -> dict[str, Any]:
         "depth": config.depth,
         "num_heads": config.num_heads,
         "mlp_ratio": _mlp_ratio(config),
-        "global_pool": "token" if config.pool == "cls" else "avg",
+        "global_pool": {"cls": "token", "map": "map"}.get(config.pool, "avg"),
         "class_token": config.has_cls_token,
         "fc_norm": config.pool == "patch_mean",
+        "reg_tokens": config.registers,
+        "qk_norm": config.qk_norm,
         "init_values": config.layer_scale,
         "pos_embed": "none" if config.pos_embed == "none" else "learn",
         "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",

@@ -18,6 +18,8 @@ BODY_FIELDS = (
     "num_heads",
     "mlp_dim",
     "in_channels",
+    "registers",
+    "qk_norm",
     "gelu",
     "pos_embed",
     "pos_embed_at",

@@ -123,6 +123,7 @@ def test_gap_has_no_class_token() -> None:
         {"pool": "patch_mean"},
         {"head": "mlp"},
         {"layer_scale": 1e-4},
+        {"pool": "map", "registers": 3, "qk_norm": True},
         {"image_size": (32, 64), "in_channels": 1},
     ],
 )

@@ -57,6 +57,7 @@ def test_an_old_job_loads_and_is_the_job_of_today() -> None:
         ({"data__augment": {"crop": "simple", "crop_area": [0.1, 1.0]}}, "crop_area applies to crop: inception only"),
         ({"model__layer_scale": 0.0}, "layer_scale"),
         ({"model__pool": "mean"}, "pool"),
+        ({"model__registers": 17}, "registers"),
         ({"model__drop_path_rule": "constant"}, "drop_path_rule"),
         ({"model__pos_embed": "sincos2d", "model__embed_dim": 30}, "multiple of 4"),
         (
@@ -116,6 +117,13 @@ def test_a_finetune_may_read_the_mean_of_the_patches() -> None:
         resolve(job(FINETUNE, model__pool="patch_mean"), CARD, source(pool="gap"))
     with pytest.raises(SpecError, match="pool 'cls' contradicts checkpoint ckpt_x"):
         resolve(job(FINETUNE, model__pool="cls"), CARD, source(pool="patch_mean"))
+
+
+@pytest.mark.parametrize(("field", "value"), [("registers", 4), ("qk_norm", True), ("pool", "map")])
+def test_a_finetune_takes_over_the_body(field: str, value: object) -> None:
+    assert getattr(resolve(job(FINETUNE), CARD, source(**{field: value})).model, field) == value
+    with pytest.raises(SpecError, match=f"model.{field} .* contradicts checkpoint ckpt_x, whose {field} is"):
+        resolve(job(FINETUNE, **{f"model__{field}": value}), CARD, source())
 
 
 def test_layer_scale_is_the_checkpoints() -> None:

@@ -53,8 +53,11 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         {"global_pool": "avg", "class_token": False, "fc_norm": False},
         {"global_pool": "avg", "class_token": True, "fc_norm": True},
         {"init_values": 1e-6, "no_embed_class": True},
+        {"global_pool": "map", "class_token": False},
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"reg_tokens": 4, "qk_norm": True, "init_values": 1e-5},
     ],
-    ids=["class token", "no_embed_class", "gap", "patch_mean", "layer_scale"],
+    ids=["class token", "no_embed_class", "gap", "patch_mean", "layer_scale", "map", "registers", "stable"],
 )
 def test_timm_file_gives_timms_logits(tmp_path: Path, options: dict[str, object]) -> None:
     theirs = randomize(timm.create_model("vit_tiny_patch16_224", img_size=48, depth=3, num_classes=11, **options))
@@ -63,6 +66,20 @@ def test_timm_file_gives_timms_logits(tmp_path: Path, options: dict[str, object]
     assert (found.format, found.config.num_heads, found.config.image_size) == ("timm", 3, (48, 48))
     assert (found.config.layer_scale is None) == ("init_values" not in options)
     assert (found.config.pool == "patch_mean") == bool(options.get("fc_norm"))
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
+
+
+def test_positions_that_fit_two_images_need_the_size(tmp_path: Path) -> None:
+    """9 positions: 3 x 3 patches, or 2 x 2 and five tokens more."""
+    theirs = randomize(
+        timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1, reg_tokens=4, no_embed_class=True)
+    )
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"9 positions may be .* with 5 more tokens: give model\.image_size"):
+        read_weights(tmp_path / "model.safetensors")
+    found = read_weights(tmp_path / "model.safetensors", ImportModel(image_size=48))
     images = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
@@ -226,14 +243,42 @@ def test_bfloat16_as_jax_saves_it(tmp_path: Path, make_model) -> None:
     ("fields", "said"),
     [
         ({"gelu": "exact"}, r"model\.gelu exact"),
-        ({"pool": "patch_mean"}, r"model\.pool patch_mean: .* only cls and gap"),
+        ({"pool": "patch_mean"}, r"model\.pool patch_mean: .* only cls, gap and map"),
         ({"layer_scale": 1e-4}, r"model\.layer_scale 0\.0001: .* only null"),
+        ({"registers": 2}, r"model\.registers 2: .* only 0"),
+        ({"qk_norm": True}, r"model\.qk_norm true: .* only false"),
     ],
 )
 def test_what_the_official_code_cannot_express_is_refused(make_model, fields: dict[str, object], said: str) -> None:
     model = make_model(**fields)
     with pytest.raises(ValueError, match=said):
         to_official(model.state_dict(), model.config)
+
+
+def test_a_map_head_is_big_visions(tmp_path: Path) -> None:
+    """Written as big_vision has it: read back to the bit, and timm's own reader of such files gives the same logits."""
+    config = VitConfig(**_tiny_width(), image_size=(48, 48), num_classes=11, pool="map")
+    model = randomize(build(config))
+    write_npz(to_official(model.state_dict(), config), tmp_path / "model.npz")
+    with np.load(tmp_path / "model.npz") as file:
+        assert "params/MAPHead_0/probe" in file
+        assert file["params/MAPHead_0/MultiHeadDotProductAttention_0/key/kernel"].shape == (192, 3, 64)
+    found = read_weights(tmp_path / "model.npz")
+    assert (found.format, found.config) == ("npz", config)
+    assert equal(found.state, dict(model.state_dict()))
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=48,
+        depth=2,
+        num_classes=11,
+        global_pool="map",
+        class_token=False,
+        act_layer="gelu_tanh",
+    ).eval()
+    theirs.load_pretrained(str(tmp_path / "model.npz"))
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(found, images), theirs(images), rtol=0, atol=1e-5)
 
 
 def _tiny_width() -> dict[str, int]:

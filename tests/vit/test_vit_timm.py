@@ -26,8 +26,10 @@ def timm_model(config: VitConfig, **more: object) -> VisionTransformer:
         "depth": config.depth,
         "num_heads": config.num_heads,
         "mlp_ratio": config.mlp_dim / config.embed_dim,
-        "global_pool": {"cls": "token", "gap": "avg", "patch_mean": "avg"}[config.pool],
-        "class_token": config.pool != "gap",
+        "global_pool": {"cls": "token", "gap": "avg", "patch_mean": "avg", "map": "map"}[config.pool],
+        "class_token": config.pool in ("cls", "patch_mean"),
+        "reg_tokens": config.registers,
+        "qk_norm": config.qk_norm,
         "fc_norm": config.pool == "patch_mean",
         "init_values": config.layer_scale,
         "act_layer": partial(nn.GELU, approximate="tanh") if config.gelu == "tanh" else nn.GELU,
@@ -53,6 +55,12 @@ CASES = [
     {"layer_scale": 0.1, "pool": "gap"},
     {"pool": "patch_mean", "gelu": "exact"},
     {"pool": "patch_mean", "layer_scale": 1e-6, "image_size": (8, 24)},
+    {"pool": "map", "gelu": "exact"},
+    {"pool": "map", "registers": 2, "image_size": (8, 24)},
+    {"registers": 4},
+    {"registers": 1, "pool": "gap"},
+    {"registers": 3, "pool": "patch_mean", "qk_norm": True, "layer_scale": 1e-4},
+    {"qk_norm": True},
 ]
 
 
@@ -177,6 +185,7 @@ def test_mlp_heads_are_refused_with_the_reason(make_model) -> None:
     ("more", "said"),
     [
         ({"global_pool": "avg", "class_token": False, "fc_norm": True}, "a norm after pooling"),
+        ({"global_pool": "map", "class_token": False}, "attention pooling"),
         ({"reg_tokens": 2}, "register tokens"),
         ({"init_values": 1e-5}, "LayerScale"),
         ({"qk_norm": True}, "query-key norm"),

@@ -66,6 +66,8 @@ def test_evaluation_at_another_size_keeps_the_head(make_model, make_config) -> N
         ("in_channels", 1),
         ("gelu", "exact"),
         ("layer_scale", 1e-4),
+        ("registers", 2),
+        ("qk_norm", True),
     ],
 )
 def test_another_body_is_refused_by_field(make_model, make_config, field: str, value: object) -> None:
@@ -98,6 +100,18 @@ def test_a_model_that_reads_the_mean_keeps_its_norm(make_model, make_config) -> 
             transfer_weights(source.state_dict(), source.config, make_config(pool=pool))
     with pytest.raises(ValueError, match="cannot resize weights: pool is 'cls'"):
         resize_weights(make_model().state_dict(), make_config(), make_config(pool="patch_mean"))
+
+
+def test_registers_and_attention_pooling_go_along(make_model, make_config) -> None:
+    fields = {"pool": "map", "registers": 3, "qk_norm": True}
+    source = make_model(**fields)
+    target = make_config(**fields, image_size=(24, 20), num_classes=4)
+    moved = transfer_weights(source.state_dict(), source.config, target)
+    model = build(target)
+    assert set(model.state_dict()) - set(moved) == {"head.weight", "head.bias"}
+    assert torch.equal(moved["reg_token"], source.reg_token)
+    assert torch.equal(moved["pos_embed"][:, :3], source.pos_embed[:, :3])
+    assert torch.equal(moved["attn_pool.latent"], source.attn_pool.latent)
 
 
 def test_the_head_may_be_kept(make_model, make_config) -> None:

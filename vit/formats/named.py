@@ -76,7 +76,10 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
     embed_dim, patch_channels, patch_size = _shape(state, "patch_embed.proj.weight", 4)[:3]
     depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
     stem = _infer_stem(state)
-    is_cls = "cls_token" in state
+    registers = _shape(state, "reg_token", 3)[1] if "reg_token" in state else 0
+    num_prefix = registers + (1 if "cls_token" in state else 0)
+    qk_norm = "blocks.0.attn.q_norm.weight"
+    head_dim = _shape(state, qk_norm, 1)[0] if qk_norm in state else None
     stride = patch_size * (stem.stride if stem is not None else 1)
     return VitConfig.model_validate(
         {
@@ -84,13 +87,15 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
             "stem": stem,
             "embed_dim": embed_dim,
             "depth": depth,
-            "num_heads": _num_heads(embed_dim, wanted.num_heads),
+            "num_heads": _num_heads(embed_dim, wanted.num_heads, head_dim),
             "mlp_dim": _shape(state, "blocks.0.mlp.fc1.weight", 2)[0],
-            "image_size": _image_size(state, wanted, stride, is_cls),
+            "image_size": _image_size(state, wanted, stride, num_prefix),
             "in_channels": patch_channels if stem is None else _shape(state, _root(state), 4)[1],
             "num_classes": _shape(state, "head.weight", 2)[0] if "head.weight" in state else 1,
             "head": "mlp" if "pre_logits.weight" in state else "linear",
             "pool": _pool(state),
+            "registers": registers,
+            "qk_norm": head_dim is not None,
             "layer_scale": UNKNOWN_LAYER_SCALE if "blocks.0.ls1.gamma" in state else None,
             "gelu": wanted.gelu or gelu,
             "pos_embed": "learned" if "pos_embed" in state else "none",
@@ -100,13 +105,16 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
 
 def _pool(state: Mapping[str, Tensor]) -> Pool:
     if "cls_token" not in state:
-        return "gap"
+        return "map" if "attn_pool.latent" in state else "gap"
     return "patch_mean" if "fc_norm.weight" in state else "cls"
 
 
-def _num_heads(embed_dim: int, given: int | None) -> int:
+def _num_heads(embed_dim: int, given: int | None, head_dim: int | None) -> int:
+    """Query-key norms are as wide as a head."""
     if given is not None:
         return given
+    if head_dim is not None and embed_dim % head_dim == 0:
+        return embed_dim // head_dim
     if embed_dim not in HEADS_BY_WIDTH:
         known = ", ".join(f"{dim}: {heads}" for dim, heads in sorted(HEADS_BY_WIDTH.items()))
         raise ValueError(
@@ -116,8 +124,8 @@ def _num_heads(embed_dim: int, given: int | None) -> int:
     return HEADS_BY_WIDTH[embed_dim]
 
 
-def _image_size(state: Mapping[str, Tensor], wanted: ImportModel, stride: int, is_cls: bool) -> tuple[int, int]:
-    """timm's models without a position for the class token (`no_embed_class`) have one position fewer."""
+def _image_size(state: Mapping[str, Tensor], wanted: ImportModel, stride: int, num_prefix: int) -> tuple[int, int]:
+    """timm's models without positions for class token and registers (`no_embed_class`) have so many fewer."""
     size = wanted.image_size
     given = (size, size) if isinstance(size, int) else size
     if "pos_embed" not in state:
@@ -125,13 +133,19 @@ def _image_size(state: Mapping[str, Tensor], wanted: ImportModel, stride: int, i
             raise ValueError("the file has no positions (pos_embed) that tell the image's size: give model.image_size")
         return given
     positions = _shape(state, "pos_embed", 3)[1]
-    if is_cls:
-        side = round((positions - 1) ** 0.5)
-        if given is None and side * side != positions - 1:
+    if num_prefix:
+        side = round(max(positions - num_prefix, 0) ** 0.5)
+        is_whole = round(positions**0.5) ** 2 == positions
+        if given is None and is_whole and side * side == positions - num_prefix:
+            raise ValueError(
+                f"the file's {positions} positions may be those of the patches alone or with {num_prefix} more tokens: "
+                "give model.image_size"
+            )
+        if given is None and side * side != positions - num_prefix:
             return square_or(None, positions, stride)
         if given is not None and (given[0] // stride) * (given[1] // stride) == positions:
             return square_or(given, positions, stride)
-        positions -= 1
+        positions -= num_prefix
     return square_or(given, positions, stride)
 
 

@@ -25,6 +25,7 @@ Shape = tuple[int, ...]
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _BLOCK = "Transformer/encoderblock"
 _QKV = ("query", "key", "value")
+_MAP = "MAPHead_0"
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def infer_config(shapes: Mapping[str, Shape], layout: Layout, image_size: tuple[
         depth = _count(shapes, re.compile(re.escape(f"{layout.prefix}{_BLOCK}_") + r"(\d{1,4})/"))
         query = get(f"{_BLOCK}_0/{attention}/query/kernel", 3)
         mlp_dim = get(f"{_BLOCK}_0/{_mlp(layout.style)}/Dense_0/bias", 1)[0]
-    if f"{layout.prefix}MAPHead_0/probe" in shapes:
-        raise ValueError("the model has a MAP head (MAPHead_0), which this model has not")
+    is_map = f"{layout.prefix}{_MAP}/probe" in shapes
     stem = _infer_stem(shapes, layout)
     in_channels = get("conv_root/kernel", 4)[2] if stem is not None else kernel[2]
     is_cls = f"{layout.prefix}cls" in shapes
@@ -104,7 +104,7 @@ def infer_config(shapes: Mapping[str, Shape], layout: Layout, image_size: tuple[
             "in_channels": in_channels,
             "num_classes": get("head/bias", 1)[0] if has_head else 1,
             "head": "mlp" if f"{layout.prefix}pre_logits/kernel" in shapes else "linear",
-            "pool": "cls" if is_cls else "gap",
+            "pool": "map" if is_map else "cls" if is_cls else "gap",
             "gelu": "tanh",
         }
     )
@@ -132,7 +132,8 @@ def from_official(
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 def to_official(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
-    """The arrays of a google-research/vision_transformer file; `from_official` gives `state` back, bit for bit.
+    """The arrays of a google-research/vision_transformer file, with `pool: map` of a big_vision one; `from_official`
+    gives `state` back, bit for bit.
 
     Raises:
         ValueError: the official code cannot express the model, or `state` is not a complete set of its weights.
@@ -143,16 +144,24 @@ def to_official(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Ten
         raise ValueError("model.stem.numerics timm: the official stems have other epsilons and give other logits")
     _refuse_ours_alone(config)
     check_weights(state, config)
+    # Only big_vision has attention pooling.
+    style: Style = "big_vision" if config.pool == "map" else "vision_transformer"
+    prefix = "params/" if style == "big_vision" else ""
     arrays: dict[str, Tensor] = {}
-    for rule in _rules(config, "vision_transformer"):
+    for rule in _rules(config, style):
         tensor = state[rule.ours].detach().to("cpu", torch.float32)
-        arrays |= zip(rule.theirs, _to_theirs(rule, tensor, config), strict=True)
+        names = [prefix + name for name in rule.theirs]
+        arrays |= zip(names, _to_theirs(rule, tensor, config), strict=True)
     return arrays
 
 
 def _refuse_ours_alone(config: VitConfig) -> None:
     if config.pool == "patch_mean":
-        raise ValueError("model.pool patch_mean: the official code has no norm after pooling, only cls and gap")
+        raise ValueError("model.pool patch_mean: the official code has no norm after pooling, only cls, gap and map")
+    if config.registers:
+        raise ValueError(f"model.registers {config.registers}: the official code has no register tokens, only 0")
+    if config.qk_norm:
+        raise ValueError("model.qk_norm true: the official code has no query-key norm, only false")
     if config.layer_scale is not None:
         raise ValueError(f"model.layer_scale {config.layer_scale:g}: the official code has no LayerScale, only null")
     if config.pos_embed not in ("learned", "sincos2d"):
@@ -172,6 +181,8 @@ def _rules(config: VitConfig, style: Style) -> list[_Rule]:
         _Rule("pos_embed", (_positions(style),), "positions"),
         *_norm("norm", "Transformer/encoder_norm", None),
     ]
+    if config.pool == "map":
+        rules += _map_rules()
     if config.pool == "cls":
         rules.append(_Rule("cls_token", ("cls",), "same"))
     for name in ("pre_logits", "head") if config.head == "mlp" else ("head",):
@@ -194,6 +205,23 @@ def _block_rules(layer: int, style: Style) -> list[_Rule]:
         *_norm(f"{ours}.norm2", f"{theirs}/{second}", layer),
         *_dense(f"{ours}.mlp.fc1", f"{theirs}/{_mlp(style)}/Dense_0", layer),
         *_dense(f"{ours}.mlp.fc2", f"{theirs}/{_mlp(style)}/Dense_1", layer),
+    ]
+
+
+def _map_rules() -> list[_Rule]:
+    """big_vision `models/vit.py`, `MAPHead`."""
+    attention = f"{_MAP}/MultiHeadDotProductAttention_0"
+    return [
+        _Rule("attn_pool.latent", (f"{_MAP}/probe",), "same"),
+        _Rule("attn_pool.q.weight", (f"{attention}/query/kernel",), "qkv"),
+        _Rule("attn_pool.q.bias", (f"{attention}/query/bias",), "qkv_bias"),
+        _Rule("attn_pool.kv.weight", tuple(f"{attention}/{part}/kernel" for part in _QKV[1:]), "qkv"),
+        _Rule("attn_pool.kv.bias", tuple(f"{attention}/{part}/bias" for part in _QKV[1:]), "qkv_bias"),
+        _Rule("attn_pool.proj.weight", (f"{attention}/out/kernel",), "out"),
+        _Rule("attn_pool.proj.bias", (f"{attention}/out/bias",), "same"),
+        *_norm("attn_pool.norm", f"{_MAP}/LayerNorm_0", None),
+        *_dense("attn_pool.mlp.fc1", f"{_MAP}/MlpBlock_0/Dense_0", None),
+        *_dense("attn_pool.mlp.fc2", f"{_MAP}/MlpBlock_0/Dense_1", None),
     ]
 
 
@@ -282,9 +310,9 @@ def _to_theirs(rule: _Rule, tensor: Tensor, config: VitConfig) -> list[Tensor]:
         case "dense":
             parts = [tensor.T]
         case "qkv":
-            parts = [part.T.reshape(dim, heads, dim // heads) for part in tensor.chunk(3)]
+            parts = [part.T.reshape(dim, heads, dim // heads) for part in tensor.chunk(len(rule.theirs))]
         case "qkv_bias":
-            parts = [part.reshape(heads, dim // heads) for part in tensor.chunk(3)]
+            parts = [part.reshape(heads, dim // heads) for part in tensor.chunk(len(rule.theirs))]
         case "out":
             parts = [tensor.T.reshape(heads, dim // heads, dim)]
         case "flat":
