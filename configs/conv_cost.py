@@ -123,7 +123,11 @@ class Backbone:
         """Of one image where blocks are recomputed: the stem's, every block's input in fp32, the feature map, and the
         largest block whole while it is recomputed."""
         inputs = self._pooled + sum(convs[2].outputs for _, convs in self.blocks())
-        return self._saved_by_stem(is_bf16) + FP32 * inputs + max(self._saved_by_blocks(is_bf16), default=0)
+        return self._saved_by_stem(is_bf16) + FP32 * inputs + self.largest_block_bytes(is_bf16)
+
+    def largest_block_bytes(self, is_bf16: bool) -> int:
+        """Of one image: what the backward pass of a block needs beside all that is kept, at most."""
+        return max(self._saved_by_blocks(is_bf16), default=0)
 
     def kernel_copy_bytes(self, is_bf16: bool) -> int:
         """Independent of the batch: each kernel less its mean, and the standardised kernel as it is convolved with."""

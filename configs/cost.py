@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal
 
-from configs.conv_cost import Backbone
-from configs.model import VitConfig
+from configs.conv_cost import NORM_STATISTICS, Backbone
+from configs.model import BitConfig, NetworkConfig, VitConfig
 
 Precision = Literal["fp32", "bf16"]
 GIB = 1024**3
@@ -72,6 +72,11 @@ def num_patches(config: VitConfig) -> int:
     return rows * columns
 
 
+def resnet_of(config: BitConfig) -> Backbone:
+    """The convolutions of a BiT ResNet on its own image size."""
+    return Backbone(config.resnet.layers, config.resnet.width, config.in_channels, config.image_size, preact=True)
+
+
 def stem_of(config: VitConfig) -> Backbone | None:
     """A hybrid's convolutions on its own image size."""
     if config.stem is None:
@@ -79,8 +84,12 @@ def stem_of(config: VitConfig) -> Backbone | None:
     return Backbone(config.stem.layers, config.stem.width, config.in_channels, config.image_size)
 
 
-def num_parameters(config: VitConfig) -> int:
+def num_parameters(config: NetworkConfig) -> int:
     """Exact number of parameters of `vit.build(config)`."""
+    if isinstance(config, BitConfig):
+        resnet = resnet_of(config)
+        features = resnet.num_features
+        return resnet.num_parameters + 2 * features + (features + 1) * config.num_classes
     dim, mlp = config.embed_dim, config.mlp_dim
     backbone = stem_of(config)
     stem = backbone.num_parameters if backbone else 0
@@ -119,9 +128,12 @@ def num_offsets(config: VitConfig) -> int:
     return 2 * num_patches(config) - 1
 
 
-def macs_per_image(config: VitConfig) -> int:
+def macs_per_image(config: NetworkConfig) -> int:
     """Multiply-accumulates of one image's forward pass: every linear layer, convolution, and attention's two
     products."""
+    if isinstance(config, BitConfig):
+        resnet = resnet_of(config)
+        return resnet.macs + resnet.num_features * config.num_classes
     dim, tokens = config.embed_dim, config.num_tokens
     backbone = stem_of(config)
     patch_embed = num_patches(config) * config.patch_size**2 * config.patch_channels * dim
@@ -137,7 +149,7 @@ def macs_per_image(config: VitConfig) -> int:
     return patch_embed + config.depth * (linears + attention) + head
 
 
-def train_flops_per_image(config: VitConfig) -> int:
+def train_flops_per_image(config: NetworkConfig) -> int:
     """Floating-point operations of one image's forward and backward pass: 6 x MAC (2 per MAC, backward twice the
     forward). Table 6 of the paper follows this rule."""
     return 6 * macs_per_image(config)
@@ -149,7 +161,7 @@ def optimizer_bytes_per_parameter(optimizer: str) -> int:
     return {"adamw": 2, "lamb": 2, "sgd": 1}[optimizer] * FP32
 
 
-def state_bytes(config: VitConfig, zero_stage: int, world_size: int, optimizer: str, ema: bool = False) -> int:
+def state_bytes(config: NetworkConfig, zero_stage: int, world_size: int, optimizer: str, ema: bool = False) -> int:
     """Bytes each rank holds between steps, with fp32 parameters (bf16 is autocast: parameters stay fp32).
 
     Per parameter: weight 4, gradient 4, moments 8 (AdamW) or 4 (SGD). A stage partitions over the w workers: 1 the
@@ -266,7 +278,7 @@ def _feature_copy_bytes(backbone: Backbone, precision: Precision) -> int:
 
 
 def activation_bytes(
-    config: VitConfig, micro_batch_size: int, precision: Precision, checkpointing: bool = False
+    config: NetworkConfig, micro_batch_size: int, precision: Precision, checkpointing: bool = False
 ) -> int:
     """Peak bytes of activations on a rank: what autograd saves for one micro-batch, the bf16 weight copies, and one
     block's worth of temporaries for the backward pass that runs while all of it is still held.
@@ -274,6 +286,8 @@ def activation_bytes(
     With activation checkpointing only each block's input is kept (4 D bytes per token), plus one block whole while it
     is recomputed.
     """
+    if isinstance(config, BitConfig):
+        return _resnet_activation_bytes(config, micro_batch_size, precision, checkpointing)
     block = saved_bytes_per_block(config, precision)
     block_input = config.num_tokens * config.embed_dim * FP32
     kept = config.depth * block_input + block if checkpointing else config.depth * block
@@ -284,7 +298,40 @@ def activation_bytes(
     return micro_batch_size * per_image + weight_copy_bytes(config, precision)
 
 
-def checkpoint_bytes(config: VitConfig, optimizer: str, ema: bool = False) -> int:
+def _resnet_activation_bytes(
+    config: BitConfig, micro_batch_size: int, precision: Precision, checkpointing: bool
+) -> int:
+    """As `activation_bytes`. With checkpointing every bottleneck's input is kept, and the largest bottleneck whole
+    while it is recomputed."""
+    is_bf16 = precision == "bf16"
+    resnet = resnet_of(config)
+    kept = resnet.checkpointed_bytes(is_bf16) if checkpointing else resnet.saved_bytes(is_bf16)
+    per_image = kept + resnet.largest_block_bytes(is_bf16) + saved_bytes_by_resnet_head(config, precision)
+    return micro_batch_size * per_image + resnet_copy_bytes(config, precision)
+
+
+def saved_bytes_by_resnet_head(config: BitConfig, precision: Precision) -> int:
+    """Bytes autograd keeps of one image after the stages: the feature map before and after the last norm and ReLU in
+    fp32, the norm's statistics, the classifier's input, and about three times the logits in fp32."""
+    resnet = resnet_of(config)
+    rows, columns = resnet.feature_hw
+    maps = 2 * FP32 * resnet.num_features * rows * columns
+    return (
+        maps
+        + NORM_STATISTICS
+        + (FP32 if precision == "fp32" else BF16) * resnet.num_features
+        + 3 * FP32 * config.num_classes
+    )
+
+
+def resnet_copy_bytes(config: BitConfig, precision: Precision) -> int:
+    """Bytes of standardised kernels, and of the classifier's bf16 copy under autocast."""
+    resnet = resnet_of(config)
+    head = 0 if precision == "fp32" else BF16 * resnet.num_features * config.num_classes
+    return resnet.kernel_copy_bytes(precision == "bf16") + head
+
+
+def checkpoint_bytes(config: NetworkConfig, optimizer: str, ema: bool = False) -> int:
     """Bytes of a checkpoint in the object store: fp32 weights, their moving average if there is one, and moments."""
     return num_parameters(config) * (FP32 + (FP32 if ema else 0) + optimizer_bytes_per_parameter(optimizer))
 
@@ -299,7 +346,7 @@ def divisors(number: int) -> Iterator[int]:
 
 
 def largest_micro_batch(
-    config: VitConfig,
+    config: NetworkConfig,
     *,
     global_batch_size: int,
     world_sizes: Iterable[int],

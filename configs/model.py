@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from configs.base import Strict
 
@@ -65,11 +65,16 @@ SIZE_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")
 
 
 def variant_sizes(variant: str) -> dict[str, Any]:
-    """The five sizes that `variant` ("L/16") stands for, and the stem of a hybrid ("R50+L/16").
+    """The five sizes that `variant` ("L/16") stands for, and the stem of a hybrid ("R50+L/16"); or the `resnet` that
+    it is ("R50x1").
 
     Raises:
-        ValueError: the variant is neither `<name>/<patch size>` with a known name nor one of the hybrids.
+        ValueError: the variant is neither `<name>/<patch size>` nor `R<layers>x<width>` with a known name, nor one of
+            the hybrids.
     """
+    resnet = _RESNET.match(variant)
+    if resnet is not None and resnet[1] in RESNETS:
+        return {"resnet": ResNetConfig(layers=RESNETS[resnet[1]], width=RESNET_WIDTH * int(resnet[2]))}
     if variant in HYBRIDS:
         layers, patch_size = HYBRIDS[variant]
         name = variant.partition("+")[2].partition("/")[0]
@@ -77,8 +82,8 @@ def variant_sizes(variant: str) -> dict[str, Any]:
     match = _VARIANT.match(variant)
     if match is None or match[1] not in VARIANTS:
         raise ValueError(
-            f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>, or one "
-            f"of the hybrids {', '.join(HYBRIDS)}"
+            f"variant {variant!r} is unknown: expected one of {', '.join(VARIANTS)} followed by /<patch size>, one of "
+            f"the hybrids {', '.join(HYBRIDS)}, or one of {', '.join(RESNETS)} followed by x1 to x4"
         )
     embed_dim, depth, num_heads, mlp_dim = VARIANTS[match[1]]
     return {
@@ -116,12 +121,39 @@ class StemConfig(Strict):
         return self.width * 4 << (len(self.layers) - 1) if self.layers else self.width
 
 
+class ResNetConfig(StemConfig):
+    """A BiT ResNet: a pre-activation ResNet (v2) with weight standardisation and group norm (Kolesnikov et al., 2020),
+    without a Transformer."""
+
+    layers: Annotated[tuple[StageDepth, ...], Field(min_length=1, max_length=4)] = Field(
+        description="Bottlenecks of each stage."
+    )
+
+
+RESNETS: dict[str, tuple[int, ...]] = {
+    "R26": (2, 2, 2, 2),
+    "R50": (3, 4, 6, 3),
+    "R101": (3, 4, 23, 3),
+    "R152": (3, 8, 36, 3),
+    "R200": (3, 24, 36, 3),
+}
+"""Bottlenecks of each stage (google-research/big_vision `models/bit.py`)."""
+_RESNET = re.compile(r"^(R[0-9]+)x([1-4])$")
+RESNET_WIDTH = 64
+
+
 class ModelConfig(Strict):
-    """A Vision Transformer as a user describes it. Either `variant`, or the five sizes, or (when fine-tuning and
-    evaluating) neither: then they are those of the checkpoint. A resolved job holds all of them."""
+    """A Vision Transformer, a hybrid or (`resnet`) a BiT ResNet as a user describes it. Either `variant`, or the sizes,
+    or (when fine-tuning and evaluating) neither: then they are those of the checkpoint. A resolved job holds all of
+    them."""
 
     variant: str | None = Field(
-        None, description="Size and patch, such as L/16, or a hybrid, such as R50+L/16.", examples=["B/16"]
+        None,
+        description="Size and patch, such as L/16, a hybrid, such as R50+L/16, or a BiT ResNet, such as R50x1.",
+        examples=["B/16"],
+    )
+    resnet: ResNetConfig | None = Field(
+        None, description="A BiT ResNet; fields that only a Transformer has are then refused."
     )
     patch_size: Size | None = Field(None, description="Pixels; of a hybrid, features.")
     stem: StemConfig | None = Field(None, description="Convolutions before the patches: a hybrid.")
@@ -185,8 +217,8 @@ class ModelConfig(Strict):
         sizes = variant_sizes(values["variant"])
         for field, size in sizes.items():
             given = values.get(field)
-            if field == "stem" and isinstance(given, dict):
-                given = StemConfig.model_validate(given)
+            if field in ("stem", "resnet") and isinstance(given, dict):
+                given = type(size).model_validate(given)
             if given is not None and given != size:
                 raise ValueError(
                     f"{field} {given!r} contradicts variant {values['variant']!r}, whose {field} is {size}: "
@@ -196,6 +228,14 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
+        if self.resnet is not None:
+            for field in VIT_FIELDS:
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise ValueError(
+                        f"{field} {getattr(self, field)!r} does not apply to a ResNet "
+                        f"({self.variant or 'model.resnet'}), only to a Vision Transformer"
+                    )
+            return self
         given = [f for f in SIZE_FIELDS if getattr(self, f) is not None]
         if given and len(given) < len(SIZE_FIELDS):
             missing = [f for f in SIZE_FIELDS if f not in given]
@@ -222,19 +262,44 @@ class ModelConfig(Strict):
 
     @property
     def has_sizes(self) -> bool:
-        return self.embed_dim is not None
+        return self.embed_dim is not None or self.resnet is not None
 
-    def vit(self) -> VitConfig:
+    def network(self) -> VitConfig | BitConfig:
         """The complete configuration of a resolved job's model.
 
         Raises:
             ValueError: sizes or num_classes are still open.
         """
-        return VitConfig.model_validate(self.model_dump(exclude={"variant"}) | {"image_size": self.image_hw})
+        if self.resnet is None:
+            return self.vit()
+        fields = self.model_dump(include=set(BitConfig.model_fields))
+        return BitConfig.model_validate(fields | {"image_size": self.image_hw})
+
+    def vit(self) -> VitConfig:
+        """That of a Vision Transformer or hybrid.
+
+        Raises:
+            ValueError: it is a ResNet, or sizes or num_classes are still open.
+        """
+        if self.resnet is not None:
+            raise ValueError("the model is a ResNet, not a Vision Transformer")
+        fields = self.model_dump(include=set(VitConfig.model_fields))
+        return VitConfig.model_validate(fields | {"image_size": self.image_hw})
+
+
+class BitConfig(Strict):
+    """Everything needed to build a BiT ResNet: what `vit.build` takes, and what lies beside exported weights."""
+
+    resnet: ResNetConfig
+    image_size: tuple[ImageSize, ImageSize]
+    in_channels: Literal[1, 3] = 3
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
+    head_bias_init: HeadBias = 0.0
 
 
 class VitConfig(Strict):
-    """Everything needed to build the model: what `vit.build` takes, and what lies beside exported weights."""
+    """Everything needed to build a Vision Transformer or hybrid: what `vit.build` takes, and what lies beside exported
+    weights."""
 
     patch_size: Size
     stem: StemConfig | None = None
@@ -297,6 +362,20 @@ class VitConfig(Strict):
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+
+VIT_FIELDS = tuple(sorted(set(VitConfig.model_fields) - set(BitConfig.model_fields)))
+"""What a job says of a Transformer only."""
+
+
+def _family(value: object) -> str:
+    is_bit = value.get("resnet") is not None if isinstance(value, dict) else isinstance(value, BitConfig)
+    return "bit" if is_bit else "vit"
+
+
+NetworkConfig = Annotated[Annotated[VitConfig, Tag("vit")] | Annotated[BitConfig, Tag("bit")], Discriminator(_family)]
+"""Either; what is stored is a BitConfig if it has a `resnet`."""
+network_adapter: TypeAdapter[VitConfig | BitConfig] = TypeAdapter(NetworkConfig)
 
 
 def _check_positions(config: ModelConfig | VitConfig) -> None:

@@ -27,7 +27,7 @@ from configs.cost import (
     train_flops_per_image,
 )
 from configs.errors import SpecError, close_matches
-from configs.model import VitConfig
+from configs.model import NetworkConfig
 from configs.resolve import SourceCheckpoint, num_eval_examples, num_train_examples, resolve
 from configs.spec import EvaluateJob, ExportJob, ImportJob, JobSpec, TrainingJob
 from configs.wire import DatasetCard
@@ -140,7 +140,7 @@ def _plan_training(
     on_gpu = device is not None or spec.resources.gpus_per_worker > 0
     device = device or GPUS.get(spec.resources.accelerator or "")
     memory_gib = (device.memory_gib if device else DEFAULT_GPU_GIB) if on_gpu else None
-    config = spec.model.vit()
+    config = spec.model.network()
     micro = _micro_batch(asked, spec, config, world_size, memory_gib)
     stages = tuple(_stage(spec, config, stage, world_size, micro, memory_gib) for stage in range(4))
     total_steps = spec.schedule.total_steps
@@ -177,7 +177,7 @@ def _plan_training(
 
 
 def _micro_batch(
-    asked: TrainingJob, spec: TrainingJob, config: VitConfig, world_size: int, memory_gib: float | None
+    asked: TrainingJob, spec: TrainingJob, config: NetworkConfig, world_size: int, memory_gib: float | None
 ) -> int:
     """The job's own micro-batch where it divides the share; chosen for this GPU and worker count if it said auto."""
     share = spec.train.global_batch_size // world_size
@@ -188,7 +188,9 @@ def _micro_batch(
     return _largest(spec, config, spec.zero.stage, world_size, memory_gib) or (1 if spec.data.mix is None else 2)
 
 
-def _largest(spec: TrainingJob, config: VitConfig, stage: int, world_size: int, memory_gib: float | None) -> int | None:
+def _largest(
+    spec: TrainingJob, config: NetworkConfig, stage: int, world_size: int, memory_gib: float | None
+) -> int | None:
     return largest_micro_batch(
         config,
         global_batch_size=spec.train.global_batch_size,
@@ -204,7 +206,7 @@ def _largest(spec: TrainingJob, config: VitConfig, stage: int, world_size: int, 
 
 
 def _stage(
-    spec: TrainingJob, config: VitConfig, stage: int, world_size: int, micro: int, memory_gib: float | None
+    spec: TrainingJob, config: NetworkConfig, stage: int, world_size: int, micro: int, memory_gib: float | None
 ) -> StagePlan:
     state = state_bytes(config, stage, world_size, spec.optim.name, spec.train.ema_decay is not None) / GIB
     activations = activation_bytes(config, micro, spec.train.precision, spec.train.activation_checkpointing) / GIB
@@ -219,7 +221,7 @@ def _stage(
     )
 
 
-def _images_per_s(spec: TrainingJob, config: VitConfig, device: Gpu | None, world_size: int) -> float | None:
+def _images_per_s(spec: TrainingJob, config: NetworkConfig, device: Gpu | None, world_size: int) -> float | None:
     peak = device.peak_tflops(spec.train.precision) if device else None
     if peak is None:
         return None

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
 from configs.data import Augment, DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
-from configs.model import (
-    HYBRIDS,
-    POOL_CHANGES,
-    SIZE_FIELDS,
-    VARIANTS,
-    ModelConfig,
-    VitConfig,
-    stride_text,
-    variant_sizes,
-)
+from configs.inherit import SourceCheckpoint, grid_faults, inherit, kept_head_faults, patch_faults
+from configs.model import ModelConfig, NetworkConfig
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, PretrainJob, job_spec_adapter
 from configs.train import Every, Schedule
-from configs.wire import DatasetCard, Preprocess
+from configs.wire import DatasetCard
 
 __all__ = [
     "SourceCheckpoint",
@@ -45,18 +36,6 @@ __all__ = [
 ]
 
 Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob)
-
-
-@dataclass(frozen=True)
-class SourceCheckpoint:
-    """The checkpoint a job starts from, as far as resolving needs to know it."""
-
-    checkpoint_id: str
-    prefix: str
-    model: VitConfig
-    preprocess: Preprocess
-    data: DataConfig | None
-    """What it was trained on, if known."""
 
 
 def data_of(spec: JobSpec, source: SourceCheckpoint | None = None) -> DataConfig | None:
@@ -104,10 +83,10 @@ def _training(
     faults: list[FieldError] = []
     model = spec.model.model_dump(mode="json")
     if isinstance(spec, FinetuneJob):
-        model |= _inherit(spec.model, source, spec.keep_head, faults)
+        model |= inherit(spec.model, source, spec.keep_head, faults)
     model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
     if isinstance(spec, FinetuneJob) and spec.keep_head and source is not None:
-        faults.extend(_kept_head_faults(source, card))
+        faults.extend(kept_head_faults(source, card))
     data = _fill_data(spec.data, source)
     num_examples = _count(data, card, faults)
     if num_examples is not None and spec.train.global_batch_size > num_examples:
@@ -122,7 +101,7 @@ def _training(
         )
     if faults or num_examples is None:
         raise SpecError(faults)
-    config = ModelConfig.model_validate(model).vit()
+    config = ModelConfig.model_validate(model).network()
     micro_batch_size = spec.train.micro_batch_size
     if micro_batch_size == "auto":
         micro_batch_size = _micro_batch_size(spec, config)
@@ -135,97 +114,6 @@ def _training(
         "checkpoint": _checkpoint(spec, num_examples, batch),
         "eval": _cadence(spec.eval, num_examples, batch),
     }
-
-
-_INHERITED = (
-    "stem",
-    "in_channels",
-    "pool",
-    "registers",
-    "qk_norm",
-    "gelu",
-    "pos_embed",
-    "pos_embed_at",
-    "layer_scale",
-)
-
-
-def _inherit(
-    model: ModelConfig, source: SourceCheckpoint | None, keep_head: bool, faults: list[FieldError]
-) -> dict[str, Any]:
-    """What a fine-tune takes over from its checkpoint. What it gives itself must agree, except what may change."""
-    if source is None:
-        if not model.has_sizes:
-            faults.append(FieldError("/model/variant", "model.variant is needed while the checkpoint is not known"))
-            # A stand-in, so that the other faults can be found too.
-            return {"variant": "B/16"}
-        return {}
-    origin = source.model
-    inherited: dict[str, Any] = {}
-    fields = (*SIZE_FIELDS, *_INHERITED)
-    for field in (*fields, "head") if keep_head else fields:
-        given, theirs = getattr(model, field), getattr(origin, field)
-        is_given = given is not None and (field in SIZE_FIELDS or field in model.model_fields_set)
-        if field == "pool" and (theirs, given) in POOL_CHANGES and is_given:
-            theirs = given
-        if field == "layer_scale" and theirs is not None:
-            is_given = False  # where the factors started changes nothing: they are the checkpoint's
-        if is_given and given != theirs:
-            faults.append(_contradiction(model, field, given, theirs, source.checkpoint_id))
-        inherited[field] = theirs.model_dump() if isinstance(theirs, BaseModel) else theirs
-    inherited["variant"] = _variant_of(origin)
-    faults.extend(_patch_faults(model, origin))
-    faults.extend(_grid_faults("model.image_size", model.image_hw, origin))
-    return inherited
-
-
-def _kept_head_faults(source: SourceCheckpoint, card: DatasetCard) -> list[FieldError]:
-    if source.model.num_classes == card.num_classes:
-        return []
-    message = (
-        f"keep_head: checkpoint {source.checkpoint_id} tells {source.model.num_classes} classes apart, data set "
-        f"{card.name} has {card.num_classes}"
-    )
-    return [FieldError("/keep_head", message, True, "false, for a new head")]
-
-
-def _contradiction(model: ModelConfig, field: str, given: object, theirs: object, checkpoint_id: str) -> FieldError:
-    if field in SIZE_FIELDS and model.variant is not None:
-        message = f"model.variant {model.variant!r} has {field} {given}, checkpoint {checkpoint_id} has {theirs}"
-        return FieldError("/model/variant", message, model.variant, f"{field} {theirs}")
-    message = f"model.{field} {given!r} contradicts checkpoint {checkpoint_id}, whose {field} is {theirs!r}"
-    return FieldError(f"/model/{field}", message, given, str(theirs))
-
-
-def _patch_faults(model: ModelConfig, origin: VitConfig) -> list[FieldError]:
-    return [
-        FieldError(
-            "/model/image_size",
-            f"model.image_size {side} is not a multiple of the checkpoint's {stride_text(origin)}",
-            side,
-            f"a multiple of {origin.stride}",
-        )
-        for side in sorted(set(model.image_hw))
-        if side % origin.stride
-    ]
-
-
-def _grid_faults(field: str, image_hw: tuple[int, int], origin: VitConfig) -> list[FieldError]:
-    """Relative positions belong to one grid: the same 1-D offset is another displacement where rows are longer."""
-    if origin.pos_embed != "relative" or image_hw == origin.image_size:
-        return []
-    height, width = origin.image_size
-    message = (
-        f"{field} {image_hw[0]} x {image_hw[1]}: the checkpoint's pos_embed relative cannot be resized from "
-        f"{height} x {width}"
-    )
-    return [FieldError("/" + field.replace(".", "/"), message, list(image_hw), f"{height} x {width}")]
-
-
-def _variant_of(config: VitConfig) -> str | None:
-    own = {field: getattr(config, field) for field in (*SIZE_FIELDS, "stem")}
-    names = [*HYBRIDS, *(f"{name}/{config.patch_size}" for name in VARIANTS)]
-    return next((name for name in names if {"stem": None} | variant_sizes(name) == own), None)
 
 
 def _num_classes(given: int | None, card: DatasetCard, faults: list[FieldError]) -> int:
@@ -267,7 +155,7 @@ def _count(data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> int
     return count
 
 
-def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: VitConfig) -> int:
+def _micro_batch_size(spec: PretrainJob | FinetuneJob, config: NetworkConfig) -> int:
     """The largest that fits the job's accelerator; the smallest if by the cost model none does, as the plan says."""
     gpu = GPUS.get(spec.resources.accelerator or "")
     memory_gib = None
@@ -344,17 +232,9 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
     if card is None:
         raise SpecError.at("/data/source", "the data set is not known")
     faults: list[FieldError] = []
-    if spec.image_size is not None and spec.image_size % source.model.stride:
-        faults.append(
-            FieldError(
-                "/image_size",
-                f"image_size {spec.image_size} is not a multiple of the checkpoint's {stride_text(source.model)}",
-                spec.image_size,
-                f"a multiple of {source.model.stride}",
-            )
-        )
-    elif spec.image_size is not None:
-        faults.extend(_grid_faults("image_size", (spec.image_size, spec.image_size), source.model))
+    if spec.image_size is not None:
+        faults.extend(patch_faults("image_size", (spec.image_size, spec.image_size), source.model))
+        faults.extend(grid_faults("image_size", (spec.image_size, spec.image_size), source.model))
     if card.num_classes != source.model.num_classes:
         faults.append(
             FieldError(

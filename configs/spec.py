@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 from configs.base import Label, Positive, Strict
 from configs.data import DataConfig
 from configs.imports import UPLOAD_ID_PATTERN, ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat
-from configs.model import ModelConfig, VitConfig
+from configs.model import ModelConfig, NetworkConfig
 from configs.probes import FewShot, Neighbours
 from configs.service import Queue, Resources, Retry
 from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Weights, Zero
@@ -70,6 +70,13 @@ class _TrainingJob(_Job):
                 f"model.head_bias_init {self.model.head_bias_init:g} applies to train.loss sigmoid and bce only, "
                 f"train.loss is {self.train.loss}"
             )
+        if self.model.resnet is not None:
+            if self.optim.layer_decay is not None:
+                raise ValueError(
+                    f"optim.layer_decay {self.optim.layer_decay:g} does not apply to a ResNet (model.resnet)"
+                )
+            if self.optim.train == "attention":
+                raise ValueError("optim.train attention does not apply to a ResNet (model.resnet), which has none")
         if self.train.compile and self.zero.stage == 3:
             raise ValueError("train.compile applies to zero.stage 0 to 2, zero.stage is 3")
         if self.train.spike_rollback is not None and self.checkpoint.cadence is None:
@@ -110,7 +117,7 @@ class PretrainJob(_TrainingJob):
     @model_validator(mode="after")
     def _needs_sizes(self) -> Self:
         if not self.model.has_sizes:
-            raise ValueError("model.variant (or the five sizes) is needed to train from scratch")
+            raise ValueError("model.variant (or the five sizes, or model.resnet) is needed to train from scratch")
         return self
 
 
@@ -183,7 +190,7 @@ class ImportJob(_Job):
     format: WeightFormat | None = Field(None, description="Left out: whatever the file is.")
     model: ImportModel = ImportModel()
     preprocess: ImportPreprocess = ImportPreprocess()
-    config: VitConfig | None = Field(None, description="The whole configuration, of a file of ours.")
+    config: NetworkConfig | None = Field(None, description="The whole configuration, of a file of ours.")
 
     @model_validator(mode="after")
     def _one_worker(self) -> Self:

@@ -18,6 +18,7 @@ Amount = Annotated[float, Field(gt=0.0, le=1e15)]
 
 TrainedPart = Literal["all", "head", "attention"]
 Weights = Literal["raw", "ema"]
+Decay = Literal["linear", "cosine", "constant", "steps"]
 Loss = Literal["softmax", "sigmoid", "bce"]
 
 
@@ -52,7 +53,8 @@ class Optim(Strict):
 
 
 class Schedule(Strict):
-    """Learning rate: linear warm-up from 0, then linear or cosine to `min_lr`, or constant. Exactly one total."""
+    """Learning rate: linear warm-up from 0, then linear or cosine to `min_lr`, constant, or by steps. Exactly one
+    total."""
 
     total_steps: Positive | None = None
     total_epochs: Amount | None = None
@@ -60,7 +62,9 @@ class Schedule(Strict):
     warmup_steps: Count | None = None
     warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
     warmup_examples: Count | None = None
-    decay: Literal["linear", "cosine", "constant"] = "cosine"
+    decay: Decay = Field(
+        "cosine", description="steps: a tenth after 30, 60 and 90 % of all steps each (BiT's HyperRule)."
+    )
     min_lr: Annotated[float, Field(ge=0.0, le=100.0)] = Field(
         0.0, description="What the learning rate decays to (DeiT: 1e-5, MAE: 1e-6); with layer_decay, before scaling."
     )
@@ -79,8 +83,8 @@ class Schedule(Strict):
             )
         if self.total_steps is not None and self.warmup_steps is not None and self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than total_steps {self.total_steps}")
-        if self.decay == "constant" and self.min_lr > 0.0:
-            raise ValueError(f"min_lr {self.min_lr:g} does not apply to decay: constant")
+        if self.decay in ("constant", "steps") and self.min_lr > 0.0:
+            raise ValueError(f"min_lr {self.min_lr:g} does not apply to decay: {self.decay}")
         return self
 
 
@@ -194,6 +198,7 @@ class Eval(Every):
 
 __all__ = [
     "Checkpoint",
+    "Decay",
     "Eval",
     "Every",
     "Fraction",

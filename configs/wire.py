@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, Field, model_validator
 
 from configs.base import Stored
 from configs.imports import WeightOrigin
-from configs.model import VitConfig
+from configs.model import NetworkConfig
 from configs.reasons import ExitReason
 from configs.states import Desired
 
@@ -368,7 +368,7 @@ class Manifest(Stored):
     versions: dict[str, str]
     metrics: dict[str, float]
     parent: ParentCut | None = None
-    model: VitConfig
+    model: NetworkConfig
     preprocess: Preprocess
     origin: WeightOrigin | None = None
     """Of imported weights: the file they came from."""
@@ -396,7 +396,7 @@ class ModelFile(Stored):
     """`config.json` beside fetched or exported weights: all that `vit.load` needs."""
 
     schema_version: int = 1
-    model: VitConfig
+    model: NetworkConfig
     preprocess: Preprocess
     checkpoint_id: str | None = None
     job_id: str | None = None

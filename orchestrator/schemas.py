@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
 
 from configs.base import Label, Slug, Stored, Strict
 from configs.imports import ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat, WeightOrigin
-from configs.model import VitConfig
+from configs.model import NetworkConfig
 from configs.states import JobState
 from configs.wire import DatasetCard, EvaluationReport, LogLine, Preprocess, RankFailure
 
@@ -267,7 +267,7 @@ class CheckpointPublic(Stored):
     step: int
     num_bytes: int
     metrics: dict[str, float]
-    model: VitConfig
+    model: NetworkConfig
     preprocess: Preprocess
     aliases: tuple[str, ...] = Field(description="best, latest.")
     available: bool = Field(description="Valid and not deleted.")
@@ -303,7 +303,7 @@ class ImportCreate(Strict):
     format: WeightFormat | None = Field(None, description="Left out: whatever the file is.")
     model: ImportModel = ImportModel()
     preprocess: ImportPreprocess = ImportPreprocess()
-    config: VitConfig | None = Field(None, description="The whole configuration, of a file of ours.")
+    config: NetworkConfig | None = Field(None, description="The whole configuration, of a file of ours.")
 
 
 class PartPublic(Stored):

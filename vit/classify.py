@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.wire import Preprocess
-from vit.model import ViT
+from vit.model import Network
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ CENTER_MARGIN = 8 / 7
 """How much larger than the model's size an image is before its centre is cropped (256 for 224, big_vision)."""
 
 
-def predict(model: ViT, images: Sequence[Image | Tensor] | Tensor, batch_size: int = 64) -> Tensor:
+def predict(model: Network, images: Sequence[Image | Tensor] | Tensor, batch_size: int = 64) -> Tensor:
     """Softmax probabilities, (B, C) fp32 on the CPU, of PIL images or uint8 tensors (channels, height, width) of any
     sizes. Uses the model's own preprocessing and runs it in eval mode; the mode it was in is restored.
 

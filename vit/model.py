@@ -12,13 +12,15 @@ parameter names follow timm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.model import DropPathRule, StemConfig, VitConfig, stride_text
+from configs.model import BitConfig, DropPathRule, StemConfig, VitConfig, stride_text
 from configs.wire import Preprocess
+from vit.bit import BiT
 from vit.blocks import LAYER_NORM_EPS, AttentionPool, Block, init_norm
 from vit.init import lecun_normal_, normal_
 from vit.pos_embed import add_positions, init_positions, learned_positions, sincos2d
@@ -208,18 +210,29 @@ class ViT(nn.Module):
         nn.init.constant_(self.head.bias, self.config.head_bias_init)
 
 
-def build(config: VitConfig, seed: int = 0) -> ViT:
-    """A ViT on the CPU in fp32, initialised as the official code does: a pure function of its arguments, equal on
+Network = ViT | BiT
+
+
+@overload
+def build(config: VitConfig, seed: int = 0) -> ViT: ...
+@overload
+def build(config: BitConfig, seed: int = 0) -> BiT: ...
+def build(config: VitConfig | BitConfig, seed: int = 0) -> Network:
+    """A model on the CPU in fp32, initialised as the official code does: a pure function of its arguments, equal on
     every rank. The global random state is neither read nor changed."""
     model = empty(config).to_empty(device="cpu")
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
 
 
-def empty(config: VitConfig) -> ViT:
+@overload
+def empty(config: VitConfig) -> ViT: ...
+@overload
+def empty(config: BitConfig) -> BiT: ...
+def empty(config: VitConfig | BitConfig) -> Network:
     """The model without storage (meta device): names, shapes and counts of any size at no cost."""
     with torch.device("meta"):
-        return ViT(config)
+        return BiT(config) if isinstance(config, BitConfig) else ViT(config)
 
 
 def drop_path_rates(rate: float, depth: int, rule: DropPathRule = "linear") -> list[float]:

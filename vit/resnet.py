@@ -1,8 +1,8 @@
 """Residual networks with weight standardisation and group normalisation: the stems of the paper's hybrids and its BiT
 baselines.
 
-    HybridBackbone  post-activation, as in google-research/vision_transformer `vit_jax/models_resnet.py`
-    BitBackbone     pre-activation (v2), as in google-research/big_vision `models/bit_paper.py`
+    hybrids  post-activation, as in google-research/vision_transformer `vit_jax/models_resnet.py`
+    BiT      pre-activation (v2), as in google-research/big_vision `models/bit_paper.py`; its head is in `vit/bit.py`
 
 Where authors' code and timm differ in an epsilon or in padding, both are parameters. Parameter names follow timm's
 `resnetv2`.
@@ -241,12 +241,18 @@ class ResNetBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
         for stage in self.stages:
-            assert isinstance(stage, Stage)
-            for block in stage.blocks:
-                if self.activation_checkpointing and self.training:
-                    x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = block(x)
+            x = self.run_stage(stage, x)
+        return x
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """What a stage of this network makes of the feature map before it; its blocks are recomputed in the backward
+        pass where that is asked for."""
+        assert isinstance(stage, Stage)
+        for block in stage.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
         return x
 
     def init_weights(self, generator: torch.Generator) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+
+from configs.train import Decay
+
+STEPS_PERCENT = (30, 60, 90)
+"""Of all steps, the warm-up included: google-research/big_transfer `bit_hyperrule.py`."""
 
 
 def learning_rate(
@@ -11,11 +15,11 @@ def learning_rate(
     base_lr: float,
     warmup_steps: int,
     total_steps: int,
-    decay: Literal["linear", "cosine", "constant"],
+    decay: Decay,
     min_lr: float = 0.0,
 ) -> float:
     """The learning rate of update `step`, counted from 0: linear from exactly 0 to `base_lr` over `warmup_steps`,
-    then by `decay` towards `min_lr` at `total_steps`.
+    then by `decay` towards `min_lr` at `total_steps`; `steps` divides by ten after 30, 60 and 90 % of `total_steps`.
 
     With a warm-up, update 0 has rate 0 and changes no weight; the last update, `total_steps - 1`, is one step short
     of `min_lr`. facebookresearch/mae `util/lr_sched.py` has the same formula, google-research/big_vision `utils.py`,
@@ -31,8 +35,10 @@ def learning_rate(
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     if decay == "constant":
         return base_lr
+    if decay == "steps":
+        return base_lr * 0.1 ** sum(100 * step > percent * total_steps for percent in STEPS_PERCENT)
     if decay == "linear":
         return min_lr + (base_lr - min_lr) * (1.0 - progress)
     if decay == "cosine":
         return min_lr + (base_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"unknown decay {decay!r}: expected linear, cosine or constant")
+    raise ValueError(f"unknown decay {decay!r}: expected linear, cosine, constant or steps")

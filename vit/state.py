@@ -7,18 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from configs.model import VitConfig
+from configs.model import NetworkConfig
 from vit.model import empty
 
 _SHOWN = 5
 
 
-def expected_shapes(config: VitConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, in the model's order."""
     return {name: tuple(tensor.shape) for name, tensor in empty(config).state_dict().items()}
 
 
-def check_weights(state: Mapping[str, Tensor], config: VitConfig) -> None:
+def check_weights(state: Mapping[str, Tensor], config: NetworkConfig) -> None:
     """Nothing, if `state` is a complete and finite set of weights for `config`.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.model import VitConfig
+from configs.model import RESNET_WIDTH, BitConfig, NetworkConfig, VitConfig
 from configs.wire import ModelFile
 from vit.safetensors_file import write_safetensors
 from vit.state import check_weights, expected_shapes
@@ -32,26 +32,32 @@ _POOLED_NORM = {"fc_norm.": "a norm after pooling (fc_norm)"}
 _DEIT_GAMMA = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")
 
 
-def to_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
+def to_timm(state: Mapping[str, Tensor], config: NetworkConfig) -> dict[str, Tensor]:
     """timm's state dict of the model made with `timm_arguments(config)`: equal logits.
 
     Raises:
         ValueError: the model has an MLP head, positions or a stem that timm has not, or `state` is not a complete set
             of weights.
     """
+    if isinstance(config, BitConfig):
+        _timm_resnet(config)
+        check_weights(state, config)
+        return {_RESNET_HEAD.get(name, name): _to_conv(name, tensor) for name, tensor in state.items()}
     _refuse_ours_alone(config)
     _timm_architecture(config)
     check_weights(state, config)
     return {_theirs(name, config): tensor for name, tensor in state.items()}
 
 
-def from_timm(state: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
+def from_timm(state: Mapping[str, Tensor], config: NetworkConfig) -> dict[str, Tensor]:
     """Our state dict of a timm state dict; LayerScale may have DeiT-III's names. A class token or register
     without a position of its own (`no_embed_class`) gets a zero one, which is the same function.
 
     Raises:
         ValueError: timm's model has parts ours has not, or its weights are not those of `config`.
     """
+    if isinstance(config, BitConfig):
+        return _resnet_from_timm(state, config)
     _refuse_ours_alone(config)
     state = timm_names(state)
     foreign = _foreign_parts(config)
@@ -90,8 +96,11 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_DEIT_GAMMA.sub(r"\1.ls\2.gamma", name): tensor for name, tensor in state.items()}
 
 
-def timm_arguments(config: VitConfig) -> dict[str, Any]:
-    """Keyword arguments of `timm.models.vision_transformer.VisionTransformer` for the same function; all JSON."""
+def timm_arguments(config: NetworkConfig) -> dict[str, Any]:
+    """Keyword arguments of `timm.models.vision_transformer.VisionTransformer`, or of a ResNet's entry point, for the
+    same function; all JSON."""
+    if isinstance(config, BitConfig):
+        return {"in_chans": config.in_channels, "num_classes": config.num_classes}
     return {
         "img_size": list(config.image_size),
         "patch_size": config.patch_size,
@@ -115,10 +124,10 @@ def timm_arguments(config: VitConfig) -> dict[str, Any]:
 def timm_config(model_file: ModelFile) -> dict[str, Any]:
     """The config.json that timm reads beside the weights."""
     config, preprocess = model_file.model, model_file.preprocess
-    channels = config.in_channels
+    channels, is_resnet = config.in_channels, isinstance(config, BitConfig)
     pretrained = {
         "input_size": [channels, *config.image_size],
-        "fixed_input_size": True,
+        "fixed_input_size": not is_resnet,
         "interpolation": preprocess.interpolation,
         "crop_pct": 1.0 if preprocess.crop == "resize" else 0.875,
         "crop_mode": "squash" if preprocess.crop == "resize" else "center",
@@ -126,15 +135,16 @@ def timm_config(model_file: ModelFile) -> dict[str, Any]:
         "std": list(preprocess.std) * (channels // len(preprocess.std)),
         "num_classes": config.num_classes,
         "pool_size": None,
-        "first_conv": "patch_embed.proj" if config.stem is None else "patch_embed.backbone.stem.conv",
-        "classifier": "head",
+        "first_conv": _first_conv(config),
+        "classifier": "head.fc" if is_resnet else "head",
     }
     if preprocess.class_names is not None:
         pretrained["label_names"] = list(preprocess.class_names)
     return {
-        "architecture": _timm_architecture(config),  # a starting point: model_args sets every size
+        # Of a Transformer a starting point: model_args sets every size.
+        "architecture": _timm_resnet(config) if isinstance(config, BitConfig) else _timm_architecture(config),
         "num_classes": config.num_classes,
-        "num_features": config.embed_dim,
+        "num_features": config.resnet.num_features if isinstance(config, BitConfig) else config.embed_dim,
         "model_args": timm_arguments(config),
         "pretrained_cfg": pretrained,
     }
@@ -176,6 +186,56 @@ def _timm_architecture(config: VitConfig) -> str:
             "logits: train with model.stem.numerics timm, or use the safetensors format"
         )
     return _HYBRIDS[config.stem.layers]
+
+
+_RESNETS: dict[tuple[tuple[int, ...], int], str] = {
+    ((3, 4, 6, 3), 1): "resnetv2_50x1_bit",
+    ((3, 4, 6, 3), 3): "resnetv2_50x3_bit",
+    ((3, 4, 23, 3), 1): "resnetv2_101x1_bit",
+    ((3, 4, 23, 3), 3): "resnetv2_101x3_bit",
+    ((3, 8, 36, 3), 2): "resnetv2_152x2_bit",
+    ((3, 8, 36, 3), 4): "resnetv2_152x4_bit",
+}
+_RESNET_HEAD = {"head.weight": "head.fc.weight", "head.bias": "head.fc.bias"}
+
+
+def _timm_resnet(config: BitConfig) -> str:
+    """timm's entry point of a BiT ResNet."""
+    resnet = config.resnet
+    factor, rest = divmod(resnet.width, RESNET_WIDTH)
+    if rest or (resnet.layers, factor) not in _RESNETS:
+        known = ", ".join(name.removeprefix("resnetv2_").removesuffix("_bit") for name in _RESNETS.values())
+        raise ValueError(
+            f"model.resnet: timm has no BiT ResNet with layers {list(resnet.layers)} and width {resnet.width}, only "
+            f"R{known.replace(', ', ', R')}. Use the safetensors or npz format"
+        )
+    if resnet.numerics != "timm":
+        raise ValueError(
+            "model.resnet.numerics official: timm's epsilon of the standardised weights is another: train with "
+            "model.resnet.numerics timm, or use the safetensors or npz format"
+        )
+    return _RESNETS[resnet.layers, factor]
+
+
+def _to_conv(name: str, tensor: Tensor) -> Tensor:
+    """timm's classifier of a ResNet is a 1 x 1 convolution."""
+    return tensor[:, :, None, None] if name == "head.weight" else tensor
+
+
+def _resnet_from_timm(state: Mapping[str, Tensor], config: BitConfig) -> dict[str, Tensor]:
+    ours = {theirs: name for name, theirs in _RESNET_HEAD.items()}
+    renamed = {ours.get(name, name): tensor for name, tensor in state.items()}
+    head = renamed.get("head.weight")
+    if head is not None and head.ndim == 4:
+        renamed["head.weight"] = head.flatten(1)
+    check_weights(renamed, config)
+    return renamed
+
+
+def _first_conv(config: NetworkConfig) -> str:
+    if isinstance(config, BitConfig):
+        return "stem.conv"
+    return "patch_embed.proj" if config.stem is None else "patch_embed.backbone.stem.conv"
 
 
 def _theirs(name: str, config: VitConfig) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from configs.model import POOL_CHANGES, VitConfig
+from configs.model import POOL_CHANGES, BitConfig, NetworkConfig, VitConfig
 from vit.pos_embed import resize_axis, resize_pos_embed, sincos2d
 from vit.state import check_weights
 
@@ -31,7 +31,7 @@ HEAD_PREFIXES = ("pre_logits.", "head.")
 
 
 def transfer_weights(
-    state: Mapping[str, Tensor], source: VitConfig, target: VitConfig, keep_head: bool = False
+    state: Mapping[str, Tensor], source: NetworkConfig, target: NetworkConfig, keep_head: bool = False
 ) -> dict[str, Tensor]:
     """Everything but the head, for a model of another resolution and other classes: `pre_logits` and `head` are
     dropped whole (paper, D.3) and the positions resized by `target.pos_resize`. From `pool: cls` to `patch_mean` the
@@ -44,6 +44,10 @@ def transfer_weights(
         ValueError: `state` is not a complete model of `source`, or the two bodies (with `keep_head` the heads too)
             differ.
     """
+    if isinstance(source, BitConfig) or isinstance(target, BitConfig):
+        _check_same_resnet("transfer", ("num_classes",) if keep_head else (), source, target)
+        check_weights(state, source)
+        return {name: tensor for name, tensor in state.items() if keep_head or not name.startswith(HEAD_PREFIXES)}
     _check_same("transfer", BODY_FIELDS + HEAD_FIELDS if keep_head else BODY_FIELDS, source, target)
     pools_differ = source.pool != target.pool
     if pools_differ and (source.pool, target.pool) not in POOL_CHANGES:
@@ -54,13 +58,17 @@ def transfer_weights(
     return body | _resized_positions(body, source, target)
 
 
-def resize_weights(state: Mapping[str, Tensor], source: VitConfig, target: VitConfig) -> dict[str, Tensor]:
+def resize_weights(state: Mapping[str, Tensor], source: NetworkConfig, target: NetworkConfig) -> dict[str, Tensor]:
     """The same model, head included, for another image size: only the positions change, by `target.pos_resize`.
 
     Raises:
         ValueError: `state` is not a complete model of `source`, more than the image size differs, or its positions
             are relative.
     """
+    if isinstance(source, BitConfig) or isinstance(target, BitConfig):
+        _check_same_resnet("resize", ("num_classes",), source, target)
+        check_weights(state, source)
+        return dict(state)
     _check_same("resize", ("pool", *BODY_FIELDS, *HEAD_FIELDS), source, target)
     check_weights(state, source)
     return dict(state) | _resized_positions(state, source, target)
@@ -90,16 +98,25 @@ def _resized(name: str, tensor: Tensor, source: VitConfig, target: VitConfig) ->
     return resize_pos_embed(tensor, source.grid, target.grid, source.num_prefix, target.pos_resize)
 
 
+def _check_same_resnet(action: str, fields: tuple[str, ...], source: NetworkConfig, target: NetworkConfig) -> None:
+    """A ResNet's weights fit any image size."""
+    _check_equal(action, ("resnet", "in_channels", *fields), source, target)
+
+
 def _check_same(action: str, fields: tuple[str, ...], source: VitConfig, target: VitConfig) -> None:
-    for field in fields:
-        have, want = getattr(source, field), getattr(target, field)
-        if have != want:
-            raise ValueError(
-                f"cannot {action} weights: {field} is {have!r} in the checkpoint and {want!r} in the model"
-            )
+    _check_equal(action, fields, source, target)
     # Where the factors started is of no account: they are in the checkpoint.
     if (source.layer_scale is None) != (target.layer_scale is None):
         raise ValueError(
             f"cannot {action} weights: layer_scale is {source.layer_scale!r} in the checkpoint and "
             f"{target.layer_scale!r} in the model"
         )
+
+
+def _check_equal(action: str, fields: tuple[str, ...], source: NetworkConfig, target: NetworkConfig) -> None:
+    for field in fields:
+        have, want = getattr(source, field, None), getattr(target, field, None)
+        if have != want:
+            raise ValueError(
+                f"cannot {action} weights: {field} is {have!r} in the checkpoint and {want!r} in the model"
+            )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from configs.wire import ModelFile
-from vit.model import ViT, empty
+from vit.model import Network, empty
 from vit.safetensors_file import read_safetensors, write_safetensors
 from vit.state import check_weights
 from vit.timm_format import from_timm, to_timm
@@ -40,7 +40,7 @@ def save(state: Mapping[str, Tensor], model_file: ModelFile, folder: Path | str)
     (folder / CONFIG_NAME).write_text(model_file.model_dump_json(indent=2) + "\n")
 
 
-def load(path: Path | str) -> ViT:
+def load(path: Path | str) -> Network:
     """The model of a folder (or of a .safetensors file with its config.json beside it): on the CPU, fp32, in eval
     mode, with `.config` and `.preprocess` set.
 

@@ -26,7 +26,7 @@ from configs.data import DataConfig
 from configs.ids import parse_checkpoint_id
 from configs.layout import report_key
 from configs.lineage import batch_number, join_skips
-from configs.model import VitConfig
+from configs.model import NetworkConfig
 from configs.reasons import ExitReason
 from configs.resolve import load_resolved
 from configs.spec import EvaluateJob, ExportJob, ImportJob, TrainingJob
@@ -88,7 +88,7 @@ def _train(
     data_root: Path | None,
 ) -> RankOutcome:
     reporter.heartbeat("building", 0)
-    config, micro_batch_size = spec.model.vit(), spec.train.micro_batch_size
+    config, micro_batch_size = spec.model.network(), spec.train.micro_batch_size
     assert isinstance(micro_batch_size, int), "a resolved job names its micro-batch size"
     opened = _open(attempt, spec.data, config, store, data_root, eval_only=False)
     assert opened.train is not None
@@ -181,7 +181,7 @@ def _eval_loaders(data: DataConfig, config: VitConfig, batch_size: int, ranks: R
 def _build(
     attempt: AttemptFile,
     spec: TrainingJob,
-    config: VitConfig,
+    config: NetworkConfig,
     ranks: Ranks,
     store: ObjectStore,
     micro_batch_size: int,
@@ -196,7 +196,9 @@ def _build(
     return build_engine(model, spec, ranks, micro_batch_size)
 
 
-def _transferred(state: dict[str, Tensor], source: VitConfig, target: VitConfig, keep_head: bool) -> dict[str, Tensor]:
+def _transferred(
+    state: dict[str, Tensor], source: NetworkConfig, target: NetworkConfig, keep_head: bool
+) -> dict[str, Tensor]:
     try:
         return transfer_weights(state, source, target, keep_head)
     except ValueError as error:
@@ -303,7 +305,7 @@ def _import(attempt: AttemptFile, spec: ImportJob, ranks: Ranks, reporter: Repor
 def _open(
     attempt: AttemptFile,
     data: DataConfig,
-    config: VitConfig,
+    config: NetworkConfig,
     store: ObjectStore,
     data_root: Path | None,
     eval_only: bool,
@@ -321,7 +323,7 @@ def _source(attempt: AttemptFile) -> CheckpointSource:
     return attempt.init_from
 
 
-def _facts(attempt: AttemptFile, spec: TrainingJob, config: VitConfig, opened: OpenedData) -> CheckpointFacts:
+def _facts(attempt: AttemptFile, spec: TrainingJob, config: NetworkConfig, opened: OpenedData) -> CheckpointFacts:
     assert attempt.dataset is not None
     assert spec.schedule.total_steps is not None
     parent = None

@@ -41,7 +41,7 @@ from configs.failpoints import failpoint
 from configs.ids import checkpoint_id
 from configs.layout import checkpoint_prefix, manifest_key
 from configs.lineage import batch_number
-from configs.model import VitConfig
+from configs.model import NetworkConfig
 from configs.reasons import ExitReason
 from configs.states import Desired
 from configs.train import Weights
@@ -100,7 +100,7 @@ class CheckpointFacts:
     spec_hash: str
     training_fingerprint: str
     data_fingerprint: str
-    model: VitConfig
+    model: NetworkConfig
     preprocess: Preprocess
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.load import apply_overrides, load_preset
+from configs.model import VitConfig
 from orchestrator.cli import imports, output
 from orchestrator.cli.follow import follow_job
 from orchestrator.cli.options import Json, Overrides, Token, Url, client_for, parse_overrides
@@ -251,7 +252,11 @@ def _guess_recipe(
     spec["model"] = {"image_size": height if height == width else [height, width]}
     spec["model"] |= {"in_channels": source.model.in_channels}
     spec["data"]["augment"] = {"crop": "inception", "crop_area": [0.35, 1.0], "flip": True}
-    spec["optim"] = {"name": "adamw", "lr": lr, "weight_decay": 0.05, "layer_decay": 0.75, "clip_grad_norm": 1.0}
+    spec["optim"] = {"name": "adamw", "lr": lr, "weight_decay": 0.05, "clip_grad_norm": 1.0}
+    slower = ""
+    if isinstance(source.model, VitConfig):
+        spec["optim"]["layer_decay"] = 0.75
+        slower = ", layers below the head slower (layer_decay 0.75)"
     spec["schedule"] = {"total_steps": total, "warmup_steps": total // 10, "decay": "cosine"}
     spec["train"] = {"global_batch_size": batch, "precision": "bf16" if hardware.gpus else "fp32"}
     spec["resources"] = {"workers": workers, "gpus_per_worker": 1 if hardware.gpus else 0}
@@ -265,7 +270,7 @@ def _guess_recipe(
         "schedule.total_steps": "as you said"
         if steps
         else f"{total}: {_EPOCHS} epochs, at least {_FEWEST_STEPS} and at most {_MOST_STEPS:,} steps",
-        "optim": f"AdamW, lr {lr:g} = 1e-3 x sqrt(batch / 256), layers below the head slower (layer_decay 0.75)",
+        "optim": f"AdamW, lr {lr:g} = 1e-3 x sqrt(batch / 256){slower}",
     }
 
 

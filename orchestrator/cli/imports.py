@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from configs.load import apply_overrides
+from configs.model import BitConfig, VitConfig
 from orchestrator.cli import output
 from orchestrator.cli.follow import follow_job
 from orchestrator.cli.options import Json, Token, Url, client_for, find_job, parse_overrides
@@ -161,18 +162,24 @@ def show_checkpoint(
         print_checkpoint(found)
 
 
+def _model_text(model: VitConfig | BitConfig) -> str:
+    if isinstance(model, BitConfig):
+        return f"BiT ResNet, bottlenecks {list(model.resnet.layers)}, width {model.resnet.width}"
+    stem = "" if model.stem is None else f", stem {list(model.stem.layers)} x {model.stem.width}"
+    scale = "" if model.layer_scale is None else ", LayerScale"
+    return (
+        f"patch {model.patch_size}, width {model.embed_dim}, depth {model.depth}, heads {model.num_heads}, MLP "
+        f"{model.mlp_dim}, {model.pool}, GELU {model.gelu}, {model.head} head{scale}{stem}"
+    )
+
+
 def print_checkpoint(found: CheckpointPublic) -> None:
     out, model, prepared = output.console(), found.model, found.preprocess
     also = f"  ({', '.join(found.aliases)})" if found.aliases else ""
     out.print(f"[bold]{found.id}[/]{also}")
     if not found.available:
         out.print("  [red]not available[/]")
-    stem = "" if model.stem is None else f", stem {list(model.stem.layers)} x {model.stem.width}"
-    scale = "" if model.layer_scale is None else ", LayerScale"
-    out.print(
-        f"  model       patch {model.patch_size}, width {model.embed_dim}, depth {model.depth}, heads "
-        f"{model.num_heads}, MLP {model.mlp_dim}, {model.pool}, GELU {model.gelu}, {model.head} head{scale}{stem}"
-    )
+    out.print(f"  model       {_model_text(model)}", markup=False)
     height, width = model.image_size
     out.print(f"  images      {height} x {width} x {model.in_channels}, {model.num_classes:,} classes")
     mean, std = ([round(value, 4) for value in values] for values in (prepared.mean, prepared.std))

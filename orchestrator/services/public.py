@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from configs.imports import WeightOrigin
-from configs.model import VitConfig
+from configs.model import network_adapter
 from configs.reasons import EXIT_REASONS
 from configs.states import JobState
 from configs.wire import Preprocess, RankFailure
@@ -126,7 +126,7 @@ def checkpoint_public(row: CheckpointRow, aliases: Sequence[str]) -> CheckpointP
         step=row.step,
         num_bytes=row.num_bytes,
         metrics=row.metrics,
-        model=VitConfig.model_validate(row.model),
+        model=network_adapter.validate_python(row.model),
         preprocess=Preprocess.model_validate(row.preprocess),
         aliases=tuple(aliases),
         available=row.valid and row.deleted_at is None,

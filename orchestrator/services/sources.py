@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from configs.errors import SpecError
-from configs.model import VitConfig
+from configs.model import network_adapter
 from configs.resolve import SourceCheckpoint, data_of, load_resolved
 from configs.spec import FinetuneJob, PretrainJob
 from configs.states import JobState
@@ -52,7 +52,7 @@ def _found(session: Session, row: CheckpointRow) -> SourceCheckpoint:
     return SourceCheckpoint(
         checkpoint_id=row.id,
         prefix=row.prefix,
-        model=VitConfig.model_validate(row.model),
+        model=network_adapter.validate_python(row.model),
         preprocess=Preprocess.model_validate(row.preprocess),
         data=data_of(load_resolved(owner.spec_json)),
     )
@@ -67,7 +67,7 @@ def _promised(owner: JobRow, reference: str) -> SourceCheckpoint:
     return SourceCheckpoint(
         checkpoint_id=reference,
         prefix="",
-        model=spec.model.vit(),
+        model=spec.model.network(),
         preprocess=Preprocess(
             image_size=spec.model.image_hw,
             in_channels=spec.model.in_channels,

@@ -42,14 +42,19 @@ def planned(preset: PresetInfo) -> Plan:
 def test_the_presets_of_the_paper_are_all_there() -> None:
     names = {preset.name for preset in PRESETS if preset.name.startswith(("paper/", "demo/"))}
     pretrain = {f"jft300m-{m}" for m in ("b16", "b32", "l32", "l16-7ep", "l16-14ep", "h14")}
+    pretrain |= {f"jft300m-r50-{m}" for m in ("b16", "b32", "l32", "l16-7ep", "l16-14ep")}
+    pretrain |= {f"jft300m-{m}" for m in ("r50x1", "r50x2", "r101x1", "r152x1", "r152x2-7ep", "r152x2-14ep")}
+    pretrain |= {"jft300m-r50x1-sgd", "jft300m-r152x2-sgd"}
     pretrain |= {f"imagenet21k-{m}" for m in ("b16", "b32", "l16-30ep", "l16-90ep", "l32-30ep", "l32-90ep")}
     pretrain |= {f"imagenet-{m}" for m in ("b16", "b32", "l16", "l32")}
     sets = ("imagenet", "cifar10", "cifar100", "pets", "flowers")
-    finetune = {f"{s}-{m}" for s in sets for m in ("b16", "b32", "l16", "l32", "h14")}
+    finetune = {f"{s}-{m}" for s in sets for m in ("b16", "b32", "l16", "l32", "h14", "r50x1", "r152x2")}
     finetune |= {"imagenet-l16-512", "imagenet-h14-518"}
     expected = {"demo/fashion-mnist-pretrain", "demo/fashion-mnist-finetune"}
     expected |= {f"paper/pretrain/{name}" for name in pretrain} | {f"paper/finetune/{name}" for name in finetune}
     assert names == expected
+    hyperrule = {preset.name for preset in PRESETS if preset.name.startswith("bit/")}
+    assert hyperrule == {f"bit/{s}-{m}" for s in sets for m in ("r50x1", "r152x2")}
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
@@ -109,6 +114,17 @@ TABLE_3 = {
     "jft300m-l16-7ep": (7, 4e-4, "linear", 0.1, 0.0, None, "sigmoid"),
     "jft300m-l16-14ep": (14, 4e-4, "linear", 0.1, 0.0, None, "sigmoid"),
     "jft300m-h14": (14, 3e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50x1": (7, 1e-3, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50x2": (7, 1e-3, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r101x1": (7, 8e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r152x1": (7, 6e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r152x2-7ep": (7, 6e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r152x2-14ep": (14, 6e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50-b16": (7, 8e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50-b32": (7, 8e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50-l32": (7, 2e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50-l16-7ep": (7, 4e-4, "linear", 0.1, 0.0, None, "sigmoid"),
+    "jft300m-r50-l16-14ep": (14, 4e-4, "linear", 0.1, 0.0, None, "sigmoid"),
     "imagenet21k-b16": (90, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
     "imagenet21k-b32": (90, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
     "imagenet21k-l16-30ep": (30, 1e-3, "linear", 0.03, 0.1, None, "sigmoid"),
@@ -137,9 +153,38 @@ def test_pretraining_follows_table_3(name: str) -> None:
     assert found == TABLE_3[name]
     assert (spec.optim.name, spec.optim.betas) == ("adamw", (0.9, 0.999))
     assert (spec.train.global_batch_size, spec.schedule.warmup_steps) == (4096, 10_000)
-    assert (spec.model.head, spec.model.image_size) == ("mlp", 224)
-    variant = name.split("-")[1]
-    assert spec.model.variant == f"{variant[0].upper()}/{variant[1:]}"
+    head = "mlp" if spec.model.resnet is None else "linear"
+    assert (spec.model.head, spec.model.image_size) == (head, 224)
+    parts = name.split("-")
+    variant = parts[2] if parts[1] == "r50" else parts[1]
+    sized = variant.upper().replace("X", "x") if "x" in variant else f"{variant[0].upper()}/{variant[1:]}"
+    assert spec.model.variant == (f"R50+{sized}" if parts[1] == "r50" else sized)
+
+
+@pytest.mark.parametrize("variant", ["r50x1", "r152x2"])
+def test_resnets_are_pretrained_with_sgd_too(variant: str) -> None:
+    """Table 7; SGD's settings are BiT's."""
+    spec = parsed(load_preset(f"paper/pretrain/jft300m-{variant}-sgd"))
+    assert spec.model.variant == variant.upper().replace("X", "x")
+    assert (spec.optim.name, spec.optim.momentum, spec.optim.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert spec.optim.lr == pytest.approx(0.03 * spec.train.global_batch_size / 256)
+    assert (spec.schedule.total_epochs, spec.schedule.warmup_steps) == (7, 5000)
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.name.startswith("bit/")], ids=lambda p: p.name)
+def test_bits_hyperrule(preset: PresetInfo) -> None:
+    """google-research/big_transfer `bit_hyperrule.py`."""
+    spec = parsed(preset)
+    card = card_for(spec.data.source, PLANNING_CARDS)
+    images = card.num_examples(spec.data.train)
+    total = 500 if images < 20_000 else 10_000 if images < 500_000 else 20_000
+    assert (spec.schedule.total_steps, spec.schedule.decay) == (total, "steps")
+    assert spec.schedule.warmup_steps == (100 if total == 500 else 500)
+    assert (spec.optim.name, spec.optim.lr, spec.optim.momentum, spec.optim.weight_decay) == ("sgd", 0.003, 0.9, 0.0)
+    assert (spec.train.global_batch_size, spec.optim.clip_grad_norm) == (512, None)
+    assert (spec.data.mix is not None) == (images >= 20_000)
+    assert spec.data.mix is None or (spec.data.mix.mixup, spec.data.mix.cutmix) == (0.1, 0.0)
+    assert spec.model.image_size == (128 if "cifar" in preset.name else 480)
 
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p.name.startswith("paper/finetune")], ids=lambda p: p.name)

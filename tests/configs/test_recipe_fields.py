@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from configs.cost import num_parameters
 from configs.load import SpecError
-from configs.resolve import canonical_json, load_resolved, resolve, training_fingerprint
+from configs.model import BitConfig, ModelConfig
+from configs.plan import plan
+from configs.resolve import SourceCheckpoint, canonical_json, load_resolved, resolve, training_fingerprint
 from tests.configs.specs import CARD, EVALUATE, FINETUNE, PRETRAIN, job, source
 
 # The canonical JSON of a job resolved before recipes had fields of their own.
@@ -52,6 +56,7 @@ def test_an_old_job_loads_and_is_the_job_of_today() -> None:
         ({"data__mix": {"mixup": 0.2}, "train__micro_batch_size": 1}, "micro_batch_size 1 must be even"),
         ({"data__mix": {"mixup": 0.2}, "train__global_batch_size": 62}, "each of 2 workers an odd number"),
         ({"schedule__decay": "constant", "schedule__min_lr": 1e-5}, "min_lr 1e-05 does not apply to decay: constant"),
+        ({"schedule__decay": "steps", "schedule__min_lr": 1e-5}, "min_lr 1e-05 does not apply to decay: steps"),
         ({"schedule__min_lr": 1e-2}, r"schedule.min_lr 0.01 is above optim.lr 0.001"),
         ({"schedule__min_lr": -1e-6}, "min_lr"),
         ({"data__augment": {"crop": "simple", "crop_area": [0.1, 1.0]}}, "crop_area applies to crop: inception only"),
@@ -124,6 +129,72 @@ def test_a_finetune_takes_over_the_body(field: str, value: object) -> None:
     assert getattr(resolve(job(FINETUNE), CARD, source(**{field: value})).model, field) == value
     with pytest.raises(SpecError, match=f"model.{field} .* contradicts checkpoint ckpt_x, whose {field} is"):
         resolve(job(FINETUNE, **{f"model__{field}": value}), CARD, source())
+
+
+RESNET = {"layers": [1, 2], "width": 32}
+OF_RESNET = {"model": {"resnet": RESNET, "image_size": 24}}
+
+
+def resnet_source() -> SourceCheckpoint:
+    config = BitConfig.model_validate({"resnet": RESNET, "image_size": (16, 16), "num_classes": 5})
+    return replace(source(data=job(FINETUNE).data), model=config)
+
+
+def test_a_resnet_resolves_stores_and_plans() -> None:
+    spec = job(PRETRAIN | OF_RESNET)
+    resolved = resolve(spec, CARD, None)
+    assert load_resolved(canonical_json(resolved)) == resolved
+    assert isinstance(resolved.model.network(), BitConfig)
+    assert training_fingerprint(resolved, "x") != training_fingerprint(resolve(job(PRETRAIN), CARD, None), "x")
+    deeper = job(PRETRAIN | {"model": {"resnet": RESNET | {"layers": [2, 2]}, "image_size": 24}})
+    assert training_fingerprint(resolved, "x") != training_fingerprint(resolve(deeper, CARD, None), "x")
+    planned = plan(spec, CARD, "H100:2")
+    assert planned.parameters == num_parameters(resolved.model.network())
+    assert planned.fits
+
+
+def test_a_finetune_of_a_resnet_takes_it_over_at_any_size() -> None:
+    origin = resnet_source()
+    resolved = resolve(job(FINETUNE, model__image_size=33), CARD, origin)
+    assert resolved.model.resnet == origin.model.resnet
+    assert load_resolved(canonical_json(resolved)) == resolved
+    assert resolve(job(EVALUATE, image_size=33), CARD, origin).image_size == 33
+    assert plan(job(EVALUATE, image_size=33), CARD, source=origin).parameters == num_parameters(origin.model)
+    named = replace(origin, model=ModelConfig(variant="R50x1", num_classes=5).network())
+    assert resolve(job(FINETUNE), CARD, named).model.variant == "R50x1"
+    assert resolve(job(FINETUNE, model__variant="R50x1"), CARD, named).model.variant == "R50x1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"model__variant": "B/8"}, "model.variant 'B/8' is a Vision Transformer, checkpoint ckpt_x is a ResNet"),
+        ({"model__dropout": 0.1}, "model.dropout 0.1 does not apply: checkpoint ckpt_x is a ResNet"),
+        ({"model__pool": "gap"}, "model.pool 'gap' does not apply: checkpoint ckpt_x is a ResNet"),
+        ({"model__variant": "R50x1"}, "variant 'R50x1' has resnet .* checkpoint ckpt_x has"),
+    ],
+)
+def test_a_finetune_of_a_resnet_refuses_a_transformers_fields(overrides: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        resolve(job(FINETUNE, **overrides), CARD, resnet_source())
+
+
+def test_a_transformer_is_no_resnet() -> None:
+    with pytest.raises(SpecError, match=r"model.variant 'R50x1' has resnet .* checkpoint ckpt_x has None"):
+        resolve(job(FINETUNE, model__variant="R50x1"), CARD, source())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"optim__layer_decay": 0.75}, "optim.layer_decay 0.75 does not apply to a ResNet"),
+        ({"optim__train": "attention"}, "optim.train attention does not apply to a ResNet"),
+        ({"model__qk_norm": True}, "qk_norm True does not apply to a ResNet"),
+    ],
+)
+def test_what_does_not_apply_to_a_resnet_is_refused(overrides: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        job(PRETRAIN | OF_RESNET, **overrides)
 
 
 def test_layer_scale_is_the_checkpoints() -> None:

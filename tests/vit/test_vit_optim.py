@@ -98,7 +98,7 @@ def test_the_floor_of_the_decay_is_maes() -> None:
     assert learning_rate(1000, lr, 100, 1000, "linear", min_lr) == min_lr
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant", "steps"])
 @pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_learning_rate_is_the_closed_form_at_every_step(decay, warmup_steps: int) -> None:
     for step in range(100):
@@ -106,9 +106,26 @@ def test_learning_rate_is_the_closed_form_at_every_step(decay, warmup_steps: int
             "linear": (100 - step) / (100 - warmup_steps),
             "cosine": math.cos(math.pi / 2 * (step - warmup_steps) / (100 - warmup_steps)) ** 2,
             "constant": 1.0,
+            "steps": 1.0 if step <= 30 else 0.1 if step <= 60 else 0.01 if step <= 90 else 0.001,
         }[decay]
         expected = 3e-3 * (step / warmup_steps if step < warmup_steps else multiplier)
         assert learning_rate(step, 3e-3, warmup_steps, 100, decay) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_steps_are_those_of_bits_hyperrule() -> None:
+    """google-research/big_transfer `bit_hyperrule.py`, `get_lr`, for 20,000 to 500,000 examples."""
+
+    def hyperrule(step: int) -> float:
+        supports, base_lr = [500, 3000, 6000, 9000, 10_000], 0.003
+        if step < supports[0]:
+            return base_lr * step / supports[0]
+        for support in supports[1:]:
+            if support < step:
+                base_lr /= 10
+        return base_lr
+
+    for step in range(0, 10_000):
+        assert learning_rate(step, 0.003, 500, 10_000, "steps") == pytest.approx(hyperrule(step), rel=1e-12)
 
 
 def test_learning_rate_at_the_seams() -> None:

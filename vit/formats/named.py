@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.imports import ImportModel
-from configs.model import VARIANTS, Gelu, Pool, StemConfig, VitConfig
+from configs.model import VARIANTS, BitConfig, Gelu, Pool, StemConfig, VitConfig
 from vit.formats.official import square_or
 
 UNKNOWN_LAYER_SCALE = 1e-4
@@ -103,6 +103,38 @@ def infer_config(state: Mapping[str, Tensor], wanted: ImportModel, gelu: Gelu) -
     )
 
 
+def is_timm_resnet(names: object) -> bool:
+    """Whether these are the names of a timm `resnetv2`."""
+    return "stages.0.blocks.0.conv1.weight" in names  # type: ignore[operator]
+
+
+def infer_resnet(state: Mapping[str, Tensor], wanted: ImportModel) -> BitConfig:
+    """The configuration of a BiT ResNet with timm's names; `num_classes` 1 where it has no head, images of 224 pixels
+    unless the user says otherwise: a ResNet does not depend on it.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing or has other dimensions.
+    """
+    root = _shape(state, "stem.conv.weight", 4)
+    size = wanted.image_size or 224
+    return BitConfig.model_validate(
+        {
+            "resnet": {"layers": _stages(state, ""), "width": root[0], "numerics": "timm"},
+            "image_size": (size, size) if isinstance(size, int) else size,
+            "in_channels": root[1],
+            "num_classes": _shape(state, "head.fc.weight", 4)[0] if "head.fc.weight" in state else 1,
+        }
+    )
+
+
+def _stages(state: Mapping[str, Tensor], prefix: str) -> list[int]:
+    """Bottlenecks of each stage."""
+    pattern = re.compile(re.escape(prefix) + r"stages\.(\d{1,2})\.blocks\.(\d{1,3})\.")
+    found = {(int(match[1]), int(match[2])) for name in state if (match := pattern.match(name))}
+    stages = 1 + max((stage for stage, _ in found), default=-1)
+    return [sum(1 for stage, _ in found if stage == number) for number in range(stages)]
+
+
 def _pool(state: Mapping[str, Tensor]) -> Pool:
     if "cls_token" not in state:
         return "map" if "attn_pool.latent" in state else "gap"
@@ -153,13 +185,7 @@ def _infer_stem(state: Mapping[str, Tensor]) -> StemConfig | None:
     root = _root(state)
     if root not in state:
         return None
-    found = {
-        (int(match[1]), int(match[2]))
-        for name in state
-        if (match := re.match(r"patch_embed\.backbone\.stages\.(\d{1,2})\.blocks\.(\d{1,3})\.", name))
-    }
-    stages = 1 + max((stage for stage, _ in found), default=-1)
-    layers = [sum(1 for stage, _ in found if stage == number) for number in range(stages)]
+    layers = _stages(state, "patch_embed.backbone.")
     return StemConfig.model_validate({"layers": layers, "width": state[root].shape[0], "numerics": "timm"})
 
 
