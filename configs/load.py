@@ -110,14 +110,14 @@ _ALTERNATIVES = (
     ("every_steps", "every_epochs", "every_examples"),
     ("fraction", "per_class"),
 )
-_SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "stem")
+_SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "stem", "resnet")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on it, mapping by mapping; lists and scalars are replaced, null included.
 
     What `over` says in other words replaces what it means: total_steps drops the base's total_epochs, a variant drops
-    its five sizes and stem, another source type drops the old source.
+    its five sizes, stem and resnet, another source type drops the old source.
     """
     if "type" in over and "type" in base and over["type"] != base["type"]:
         return copy.deepcopy(dict(over))

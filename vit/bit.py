@@ -35,9 +35,10 @@ class BiT(ResNetBackbone):
         self.norm = group_norm(self.num_features, style)
         self.head = nn.Linear(self.num_features, config.num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, (B, C), of normalised float images (B, channels, height, width)."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
+        """Logits, (B, C), of normalised float images (B, channels, height, width); or what the classifier reads."""
+        features = self.forward_features(images)
+        return self.forward_representation(features) if representation else self.forward_head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The feature map after the last norm and ReLU, (B, F, R, R).

@@ -164,7 +164,9 @@ def _train(
             checkpointer.close()
 
 
-def _eval_loaders(data: DataConfig, config: VitConfig, batch_size: int, ranks: Ranks, reporter: Reporter) -> MakeLoader:
+def _eval_loaders(
+    data: DataConfig, config: NetworkConfig, batch_size: int, ranks: Ranks, reporter: Reporter
+) -> MakeLoader:
     """How this rank's share of a source is read for evaluation."""
     return partial(
         EvalLoader,

@@ -80,6 +80,7 @@ def test_an_export_opens_in_timm_with_equal_logits_and_comes_back(tmp_path: Path
     torch.testing.assert_close(features, theirs.forward_features(images), rtol=0, atol=1e-9)
     representation = theirs.forward_head(features, pre_logits=True).flatten(1)
     torch.testing.assert_close(ours.forward_representation(features), representation, rtol=0, atol=1e-9)
+    assert torch.equal(ours(images, representation=True), ours.forward_representation(features))
 
 
 @pytest.mark.parametrize("variant", ["R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4"])
