@@ -134,9 +134,9 @@ def test_a_resnets_checkpoint_is_evaluated_and_fine_tuned(runs: Any, followers: 
     store, results = followers
     assert [result.outcome.reason for result in results] == [ExitReason.COMPLETED] * 5, results
     report = EvaluationReport.model_validate_json(store.get(report_key("job_01JZZZZZZZZZZZZZZZZZZZZZZB")))
-    assert report.metrics["loss"] == pytest.approx(whole["bit", 0].metrics["eval/loss"][6], abs=1e-5)
+    assert report.metrics["eval/loss"] == pytest.approx(whole["bit", 0].metrics["eval/loss"][6], abs=1e-5)
     larger = EvaluationReport.model_validate_json(store.get(report_key("job_01JZZZZZZZZZZZZZZZZZZZZZZC")))
-    assert larger.metrics["loss"] != report.metrics["loss"]
+    assert larger.metrics["eval/loss"] != report.metrics["eval/loss"]
     assert results[4].losses[0] == pytest.approx(math.log(6), abs=1e-5)  # a new head starts at zero
     assert results[4].metrics["eval/loss"][6] > 0
 
