@@ -11,7 +11,7 @@ from configs.model import Gelu, ImageSize, Size
 
 UPLOAD_ID_PATTERN = r"^upl_[0-9A-HJKMNP-TV-Z]{26}$"
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-WeightFormat = Literal["patchwork", "timm", "transformers", "npz"]
+WeightFormat = Literal["patchwork", "timm", "transformers", "torchvision", "npz"]
 """patchwork: our own names; npz: the official files (google-research/vision_transformer, big_vision)."""
 Origin = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """A URL or a sentence."""
@@ -32,7 +32,7 @@ class ImportModel(Strict):
     image_size: ImageSize | tuple[ImageSize, ImageSize] | None = Field(
         None, description="Left out: square, from the number of positions."
     )
-    gelu: Gelu | None = Field(None, description="Left out: tanh for npz, exact for timm and Transformers.")
+    gelu: Gelu | None = Field(None, description="Left out: tanh for npz, exact for timm, Transformers and torchvision.")
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         None, description="For a file without a classifier: gives it a zero one of so many classes."
     )

@@ -154,7 +154,7 @@ class EvaluateJob(_Job):
     neighbours: Neighbours | None = Field(None, description="Also nearest-neighbour accuracy of the features.")
 
 
-ExportFormat = Literal["safetensors", "timm", "npz"]
+ExportFormat = Literal["safetensors", "timm", "transformers", "torchvision", "npz"]
 
 
 class ExportJob(_Job):

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from configs.layout import export_prefix
+from configs.spec import ExportFormat
 from configs.wire import Manifest, ModelFile
-from vit.formats import read_weights, write_official
-from vit.safetensors_file import read_safetensors
-from vit.timm_format import from_timm, save_timm
-from vit.weights import CONFIG_NAME, WEIGHTS_NAME, save
+from vit.convert import AlteredWeights, check_written, weights_name, write_weights
 from workers.shards import CheckpointCorrupt
 from workers.store import NotFound, ObjectStore
 
-NPZ_NAME = "model.npz"
 _CHUNK_BYTES = 64 * 1024 * 1024
 
 
 def export_weights(
-    store: ObjectStore, job_id: str, format_: str, state: Mapping[str, Tensor], manifest: Manifest, folder: Path
+    store: ObjectStore,
+    job_id: str,
+    format_: ExportFormat,
+    state: Mapping[str, Tensor],
+    manifest: Manifest,
+    folder: Path,
 ) -> None:
-    """Write exports/<format>/model.safetensors (or .npz) and config.json, by way of `folder`, and read them back.
+    """Write exports/<format>/model.safetensors (or .npz) and what goes with it, by way of `folder`, and read them back.
 
     Raises:
         ValueError: the format cannot express the model.
@@ -38,26 +39,17 @@ def export_weights(
         step=manifest.step,
         metrics=manifest.metrics,
     )
-    write = {"timm": save_timm, "npz": write_official}.get(format_, save)
-    write(state, model_file, folder)
-    weights_name = NPZ_NAME if format_ == "npz" else WEIGHTS_NAME
+    write_weights(state, model_file, format_, folder)
     prefix = export_prefix(job_id, format_)
-    for name in (weights_name, CONFIG_NAME):
-        store.put_file(prefix + name, folder / name)
-    _check_export(store, prefix, format_, state, manifest, folder / f"read-back{Path(weights_name).suffix}")
-
-
-def _check_export(
-    store: ObjectStore, prefix: str, format_: str, state: Mapping[str, Tensor], manifest: Manifest, path: Path
-) -> None:
-    key = prefix + (NPZ_NAME if format_ == "npz" else WEIGHTS_NAME)
-    _download(store, key, path)
-    found = read_weights(path, config=manifest.model).state if format_ == "npz" else read_safetensors(path)
-    if format_ == "timm":
-        found = from_timm(found, manifest.model)
-    for name, tensor in state.items():
-        if name not in found or not torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)):
-            raise CheckpointCorrupt(key, f"weight {name!r} came back altered")
+    for path in sorted(folder.iterdir()):
+        store.put_file(prefix + path.name, path)
+    key = prefix + weights_name(format_)
+    read_back = folder / f"read-back{Path(key).suffix}"
+    _download(store, key, read_back)
+    try:
+        check_written(read_back, state, manifest.model, format_)
+    except (AlteredWeights, ValueError) as error:
+        raise CheckpointCorrupt(key, str(error)) from error
 
 
 def _download(store: ObjectStore, key: str, path: Path) -> None:

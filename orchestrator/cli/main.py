@@ -12,6 +12,7 @@ from rich.markup import escape
 from configs.load import SpecError
 from orchestrator.cli import (
     admin,
+    convert,
     demo,
     finetune,
     imports,
@@ -69,6 +70,7 @@ for command, panel in (
     (plan.plan, _PLAN),
     (plan.presets, _PLAN),
     (train.train, _PLAN),
+    (convert.convert, _PLAN),
     (stack.up, _SERVER),
     (stack.down, _SERVER),
     (admin.cluster, _SERVER),

@@ -6,7 +6,8 @@ write_official  our weights -> an official .npz
 format         file            names                                                    read   written
 patchwork      .safetensors    ours                                                     yes    vit.weights.save
 timm           .safetensors    timm `vit_*`, `resnetv2_*_bit`                           yes    vit.timm_format
-transformers   .safetensors    Transformers ViT, versions 4 and 5                       yes
+transformers   .safetensors    Transformers ViT, versions 4 and 5                       yes    vit.transformers_format
+torchvision    .safetensors    torchvision VisionTransformer                            yes    vit.torchvision_format
 npz            .npz            google-research/vision_transformer, big_vision, BiT      yes    write_official
 """
 
@@ -35,6 +36,7 @@ from vit.formats.official import infer_config as infer_official
 from vit.safetensors_file import read_safetensors
 from vit.state import check_weights
 from vit.timm_format import from_timm, timm_names
+from vit.torchvision_format import from_torchvision, is_torchvision
 
 __all__ = ["Imported", "read_weights", "write_official"]
 
@@ -138,6 +140,8 @@ def _read_safetensors(
     theirs: WeightFormat = "timm"
     if is_transformers(state):
         state, theirs = from_transformers(state), "transformers"
+    elif is_torchvision(state):
+        state, theirs = from_torchvision(state), "torchvision"
     elif "pre_logits.weight" in state:
         theirs = "patchwork"
     has_head = "head.weight" in state
@@ -152,8 +156,8 @@ def _read_safetensors(
     if theirs == "patchwork":
         check_weights(state, config)
     else:
-        if theirs == "transformers" and config.head == "mlp":
-            # ViTModel's pooler is a dense layer with tanh on the class token: our pre_logits.
+        if theirs in ("transformers", "torchvision") and config.head == "mlp":
+            # ViTModel's pooler and torchvision's representation layer: a dense layer with tanh, our pre_logits.
             check_weights(state, config)
         else:
             state = from_timm(state, config)
