@@ -44,7 +44,7 @@ from workers.engine import DeepSpeedEngine, build_engine
 from workers.evaluate import evaluate
 from workers.export import export_weights
 from workers.import_weights import import_weights
-from workers.loop import train
+from workers.loop import Evaluate, train
 from workers.outcome import JobError, RankOutcome, outcome_of
 from workers.probe import MakeLoader, probe
 from workers.report import Reporter
@@ -107,33 +107,7 @@ def _train(
     if skipped and ranks.is_first:
         reporter.event("data.skipped", f"{skipped} global batches are passed over", {"step": start.step})
 
-    pool = opened.train
-    make_loader = _eval_loaders(spec.data, config, spec.eval.batch_size, ranks, reporter)
-    eval_loader = make_loader(opened.eval)
-
-    def measure(keep_going: Callable[[], bool]) -> dict[str, float] | None:
-        averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if spec.eval.weights == "ema":
-            assert average is not None, "the spec asks for train.ema_decay"
-            averaged = average.in_place()
-        with averaged, engine.evaluating():
-            measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
-            if measured is None or spec.eval.few_shot is None:
-                return measured
-            probed = probe(
-                partial(engine.forward, representation=True),
-                pool,
-                opened.eval,
-                make_loader,
-                spec.data,
-                config.num_classes,
-                spec.eval.few_shot,
-                None,
-                ranks,
-                keep_going,
-            )
-            return None if probed is None else measured | probed
-
+    measure = _measurer(spec, config, opened, engine, average, ranks, reporter)
     facts = _facts(attempt, spec, config, opened)
     checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps, average=average)
     throughput = Throughput(
@@ -162,6 +136,46 @@ def _train(
             return train(spec, engine, train_loader, measure, checkpointer, throughput, ranks, reporter, start, average)
         finally:
             checkpointer.close()
+
+
+def _measurer(
+    spec: TrainingJob,
+    config: NetworkConfig,
+    opened: OpenedData,
+    engine: DeepSpeedEngine,
+    average: WeightAverage | None,
+    ranks: Ranks,
+    reporter: Reporter,
+) -> Evaluate:
+    """How the loop evaluates the weights or their average: accuracy, and few-shot accuracy where it is asked for."""
+    make_loader = _eval_loaders(spec.data, config, spec.eval.batch_size, ranks, reporter)
+    eval_loader, few_shot = make_loader(opened.eval), spec.eval.few_shot
+
+    def measure(keep_going: Callable[[], bool]) -> dict[str, float] | None:
+        averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if spec.eval.weights == "ema":
+            assert average is not None, "the spec asks for train.ema_decay"
+            averaged = average.in_place()
+        with averaged, engine.evaluating():
+            measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
+            if measured is None or few_shot is None:
+                return measured
+            assert opened.train is not None
+            probed = probe(
+                partial(engine.forward, representation=True),
+                opened.train,
+                opened.eval,
+                make_loader,
+                spec.data,
+                config.num_classes,
+                few_shot,
+                None,
+                ranks,
+                keep_going,
+            )
+            return None if probed is None else measured | probed
+
+    return measure
 
 
 def _eval_loaders(
