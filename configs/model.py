@@ -7,6 +7,7 @@ Sizes follow Table 1 of "An Image is Worth 16x16 Words" (B, L, H) and google-res
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
@@ -366,6 +367,11 @@ class VitConfig(Strict):
 
 VIT_FIELDS = tuple(sorted(set(VitConfig.model_fields) - set(BitConfig.model_fields)))
 """What a job says of a Transformer only."""
+
+
+def without_tags(loc: Iterable[str | int]) -> tuple[str | int, ...]:
+    """The place of a pydantic error in the document, without the tags that it puts there for a `NetworkConfig`."""
+    return tuple(part for part in loc if part not in ("vit", "bit"))
 
 
 def _family(value: object) -> str:

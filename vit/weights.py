@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
+from configs.model import without_tags
 from configs.wire import ModelFile
 from vit.model import Network, empty
 from vit.safetensors_file import read_safetensors, write_safetensors
@@ -74,7 +75,7 @@ def read_model_file(path: Path) -> ModelFile:
         model_file = ModelFile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in without_tags(first["loc"]))
         raise ValueError(f"{path} does not describe a model of ours: {where or 'file'}: {first['msg']}") from error
     model, preprocess = model_file.model, model_file.preprocess
     if (preprocess.image_size, preprocess.in_channels) != (model.image_size, model.in_channels):

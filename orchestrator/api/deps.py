@@ -13,6 +13,7 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 
 from configs.errors import SpecError, to_pointer
 from configs.load import parse_text
+from configs.model import without_tags
 from orchestrator.schemas import ProblemError
 from orchestrator.services.auth import Actor, authenticate, check_worker_secret, require
 from orchestrator.services.problems import Invalid, field_error
@@ -128,7 +129,7 @@ def wire_body(model: type[_Model]) -> Callable[[bytes], _Model]:
 
 def _field_errors(error: ValidationError) -> list[ProblemError]:
     return [
-        field_error(to_pointer(e["loc"]), e["msg"], e.get("input"))
+        field_error(to_pointer(without_tags(e["loc"])), e["msg"], e.get("input"))
         for e in error.errors(include_url=False, include_context=False)
     ]
 

@@ -35,6 +35,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from configs.load import SpecError
+from configs.model import without_tags
 from orchestrator.schemas import Problem, ProblemError
 from orchestrator.storage.db import is_unavailable
 from orchestrator.storage.store import StoreError
@@ -203,7 +204,11 @@ def _on_spec_error(request: Request, error: SpecError) -> Response:
 
 def _on_request_error(request: Request, error: RequestValidationError) -> Response:
     errors = [
-        field_error("/" + "/".join(str(part) for part in e["loc"][1:]), f"{e['loc'][0]}: {e['msg']}", e.get("input"))
+        field_error(
+            "/" + "/".join(str(part) for part in without_tags(e["loc"][1:])),
+            f"{e['loc'][0]}: {e['msg']}",
+            e.get("input"),
+        )
         for e in error.errors()
     ]
     return problem_response(request, 422, "invalid", "The request is not valid: see errors.", errors=errors)

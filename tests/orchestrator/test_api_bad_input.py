@@ -102,6 +102,17 @@ def test_everything_wrong_is_said_at_once(api: TestClient, db: Database) -> None
     assert "and 2 more" in problem.detail
 
 
+@pytest.mark.parametrize(
+    ("config", "pointer"),
+    [({"depth": "many"}, "/config/depth"), ({"resnet": {"layers": [1], "width": 48}}, "/config/resnet/width")],
+)
+def test_a_wrong_configuration_of_an_import_is_named(api: TestClient, config: dict[str, Any], pointer: str) -> None:
+    body = {"file": "a.npz", "num_bytes": 9, "sha256": "0" * 64, "config": config}
+    answer = api.post("/v1/checkpoints:import", json=body)
+    assert answer.status_code == 422
+    assert pointer in {error["pointer"] for error in answer.json()["errors"]}
+
+
 def test_overrides_are_checked_like_the_rest(api: TestClient, db: Database) -> None:
     problem = refused(api, db, PRETRAIN, overrides={"train.global_batch_size": "sixty"})
     assert [error.pointer for error in problem.errors] == ["/train/global_batch_size"]

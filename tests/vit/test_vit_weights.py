@@ -181,6 +181,8 @@ def test_wrong_configurations_are_refused_with_the_field(saved) -> None:
     refuse("{", "does not describe a model of ours")
     refuse(json.dumps(good | {"model": good["model"] | {"depth": "many"}}), r"model\.depth")
     refuse(json.dumps(good | {"model": good["model"] | {"surprise": 1}}), r"model\.surprise")
+    resnet = {"resnet": {"layers": [1], "width": 48}, "image_size": [16, 8], "num_classes": 2}
+    refuse(json.dumps(good | {"model": resnet}), r"model\.resnet\.width: .*multiple of 32")
     other = good["preprocess"] | {"image_size": [16, 16]}
     refuse(json.dumps(good | {"preprocess": other}), r"prepared as 3 x \(16, 16\), the model takes 3 x \(16, 8\)")
     config.write_text(json.dumps(good | {"added_by_a_newer_version": 1}))
