@@ -33,7 +33,8 @@ class Services:
     streams: StreamLimit
 
 
-def _services(request: Request) -> Services:
+# What needs no database is async: a plain function would be sent to a thread and back, which takes longer than it does.
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -57,19 +58,19 @@ def _actor(
 ActorDep = Annotated[Actor, Depends(_actor)]
 
 
-def _viewer(actor: ActorDep) -> Actor:
+async def _viewer(actor: ActorDep) -> Actor:
     return require(actor, "viewer")
 
 
-def _member(actor: ActorDep) -> Actor:
+async def _member(actor: ActorDep) -> Actor:
     return require(actor, "member")
 
 
-def _admin(actor: ActorDep) -> Actor:
+async def _admin(actor: ActorDep) -> Actor:
     return require(actor, "admin")
 
 
-def _driver(
+async def _driver(
     request: Request,
     services: ServicesDep,
     _: Annotated[HTTPAuthorizationCredentials | None, Depends(_worker_scheme)],

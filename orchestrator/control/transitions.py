@@ -103,7 +103,7 @@ def enqueue(session: Session, job: JobRow, *, actor: str, at: datetime | None = 
     job.created_at = job.created_at or at
     session.add(job)
     session.flush()
-    record(session, job.id, "job.queued", f"{job.kind} job {job.name!r} was submitted", actor, at=at)
+    record(session, job.id, "job.queued", f"{job.kind} job {job.name!r} was submitted", actor, at=at, is_new=True)
     return job
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import get_args
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from orchestrator.schemas import Role
@@ -29,6 +29,9 @@ class Actor:
     token_id: str
     name: str
     role: str
+
+
+_BY_DIGEST = select(TokenRow).where(TokenRow.sha256 == bindparam("digest"))
 
 
 def new_token() -> str:
@@ -61,7 +64,7 @@ def authenticate(session: Session, authorization: str | None, now: datetime) -> 
         Unauthorized: no token, or it is unknown, revoked or expired.
     """
     digest = token_hash(bearer(authorization))
-    row = session.scalar(select(TokenRow).where(TokenRow.sha256 == digest))
+    row = session.scalar(_BY_DIGEST, {"digest": digest})
     if row is None or not hmac.compare_digest(row.sha256, digest):
         raise Unauthorized("This token is not known here.")
     if row.revoked_at is not None:

@@ -123,10 +123,11 @@ def check_action(row: JobRow, action: str) -> None:
 
 def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
     """Public models of `rows`, with their attempts and places in the queue."""
-    ids = [row.id for row in rows]
-    attempts: dict[str, list[AttemptRow]] = {job_id: [] for job_id in ids}
-    for attempt in session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(ids)).order_by(AttemptRow.number)):
-        attempts[attempt.job_id].append(attempt)
+    attempts: dict[str, list[AttemptRow]] = {row.id: [] for row in rows}
+    if begun := [row.id for row in rows if row.num_attempts]:
+        of_these = select(AttemptRow).where(AttemptRow.job_id.in_(begun)).order_by(AttemptRow.number)
+        for attempt in session.scalars(of_these):
+            attempts[attempt.job_id].append(attempt)
     queue = find_places(session, {row.id for row in rows if waits(row)})
     return [job_public(row, attempts[row.id], queue.get(row.id)) for row in rows]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import and_, bindparam, func, or_, select
 from sqlalchemy.orm import Session
 
 from configs.states import Desired, JobState
@@ -36,6 +36,19 @@ class _Kept:
 _kept: dict[str, _Kept] = {}
 """By database."""
 _deciding = threading.Lock()
+# Made once: to put a statement together takes as long as to execute it.
+_QUEUE = select(
+    func.count(), func.sum(JobRow.version), func.count(JobRow.start_workers), func.max(JobRow.created_at)
+).where(JobRow.state == JobState.QUEUED)
+_CLUSTER = select(ClusterRow.seen_at, ClusterRow.reachable)
+_PRIORITY = bindparam("priority", type_=JobRow.priority.type)
+_CREATED_AT = bindparam("created_at", type_=JobRow.created_at.type)
+_BEFORE = select(func.count()).where(
+    JobRow.state == JobState.QUEUED,
+    JobRow.start_workers.is_(None),
+    JobRow.desired == Desired.RUN,
+    or_(JobRow.priority > _PRIORITY, and_(JobRow.priority == _PRIORITY, JobRow.created_at < _CREATED_AT)),
+)
 
 
 def waits(row: JobRow) -> bool:
@@ -60,23 +73,14 @@ def find_places(session: Session, job_ids: Collection[str], kept_s: float = KEPT
 
 def place_of_new(session: Session, row: JobRow) -> QueuePublic:
     """The place of a job that was queued just now: how many are before it. Why it waits is for the scheduler to say."""
-    is_before = or_(
-        JobRow.priority > row.priority,
-        and_(JobRow.priority == row.priority, JobRow.created_at < row.created_at),
-    )
-    waiting = select(func.count()).where(JobRow.state == JobState.QUEUED, JobRow.start_workers.is_(None), is_before)
-    before = session.scalar(waiting.where(JobRow.desired == Desired.RUN)) or 0
+    before = session.scalar(_BEFORE, {"priority": row.priority, "created_at": row.created_at}) or 0
     return QueuePublic(position=before + 1, reason=None, message=NOT_LOOKED_AT)
 
 
 def _fingerprint(session: Session) -> tuple[Any, ...]:
     """Changes with every job that joins or leaves the queue, with every change of one in it, and with every look at the
     cluster."""
-    seen = select(
-        func.count(), func.sum(JobRow.version), func.count(JobRow.start_workers), func.max(JobRow.created_at)
-    ).where(JobRow.state == JobState.QUEUED)
-    cluster = session.execute(select(ClusterRow.seen_at, ClusterRow.reachable)).first()
-    return (*session.execute(seen).one(), *(cluster or ()))
+    return (*session.execute(_QUEUE).one(), *(session.execute(_CLUSTER).first() or ()))
 
 
 def _place(decision: Start | Wait) -> QueuePublic:

@@ -23,13 +23,15 @@ def record(
     attempt: int | None = None,
     data: dict[str, Any] | None = None,
     at: datetime | None = None,
+    is_new: bool = False,
 ) -> EventRow:
     """Add an event to this transaction and return it, its `seq` assigned.
 
     The job's row is locked first. PostgreSQL hands out sequence numbers before commit: without the lock a reader who
-    follows a job's events by `seq` could see 8 before 7 is committed, and never 7.
+    follows a job's events by `seq` could see 8 before 7 is committed, and never 7. (`is_new`: the job was made in this
+    transaction; nobody else sees it.)
     """
-    if job_id is not None:
+    if job_id is not None and not is_new:
         lock_job(session, job_id)
     row = EventRow(
         job_id=job_id,
