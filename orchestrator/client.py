@@ -298,6 +298,8 @@ class Client:
     ) -> None:
         self._connection = Connection(url, token, timeout_s, transport)
         self.url = self._connection.url
+        self.is_direct = transport is None
+        """Whether requests go over the network, and not through a transport that the caller brought."""
         self.jobs = Jobs(self._connection)
         self.checkpoints = Checkpoints(self._connection)
 

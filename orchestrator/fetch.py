@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import google_crc32c
 import httpx
@@ -28,11 +29,14 @@ import numpy as np
 from configs.train import Weights
 from configs.wire import BLOCK_BYTES, Manifest, ModelFile, ShardFile
 from orchestrator.client import Client, Unreachable, check
+from orchestrator.ranges import RangeReader, is_direct
 from orchestrator.weights_file import FetchError, WeightsFile
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 _NUM_TRIES = 4
+_TIMEOUT_S = 30.0
+"""Of silence, of the store."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class _Download:
         self._file = file
         self._addresses: dict[str, str] = {}
         """Where the server sent us for a shard: good for many of its blocks."""
+        self._ranges = RangeReader(_TIMEOUT_S)
         self._num_threads = num_threads
         self._on_bytes = on_bytes
         self._stop = threading.Event()
@@ -158,6 +163,7 @@ class _Download:
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
+            self._ranges.close()
 
     def _ensure(self, block: _Block) -> int:
         """Have the block on disk, verified. Returns the bytes that were read for it."""
@@ -191,9 +197,11 @@ class _Download:
         )
 
     def _read(self, block: _Block) -> bytearray:
-        headers = {"Range": f"bytes={block.start}-{block.start + block.num_bytes - 1}", "Accept-Encoding": "identity"}
         name = block.shard.name
         address = self._addresses.get(name)
+        if address is not None and self._client.is_direct and is_direct(address):
+            return self._read_directly(block, address)
+        headers = {"Range": f"bytes={block.start}-{block.start + block.num_bytes - 1}", "Accept-Encoding": "identity"}
         with self._client.checkpoints.read(self._checkpoint_id, name, headers, address) as response:
             if address is not None and response.status_code in (400, 401, 403, 404, 410):
                 # It is good for an hour only: the server says where to go on.
@@ -212,6 +220,14 @@ class _Download:
                 if len(data) > block.num_bytes or self._stop.is_set():
                     # More than was asked for: a server that ignores Range would send the whole file.
                     break
+        return data
+
+    def _read_directly(self, block: _Block, address: str) -> bytearray:
+        status, data = self._ranges.read(address, block.start, block.num_bytes)
+        if status not in (200, 206):
+            # It is good for an hour only: the server says where to go on.
+            self._addresses.pop(block.shard.name, None)
+            raise Unreachable(f"{urlsplit(address).hostname} answered {status}")
         return data
 
 
