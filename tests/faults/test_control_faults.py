@@ -222,7 +222,7 @@ def test_row_12_the_head_is_killed_and_comes_back_as_another_cluster(scene: Scen
     first = finished(scene.client, first.id, 240)
     assert first.attempts[0].exit_reason in ("CLUSTER_LOST", "DRIVER_LOST", "WORKER_LOST", "NODE_LOST")
     assert reasons(first.attempts)[1:] == ["COMPLETED"], "started again once"
-    # Its ranks outlive the head for a while, on a busy machine for longer than they are held: what they committed counts.
+    # Its ranks outlive the head, on a busy machine for longer than they are held: what they committed counts.
     committed = [e for e in scene.client.jobs.events(first.id) if e.type == "checkpoint.committed" and e.attempt == 1]
     assert first.attempts[1].from_checkpoint == committed[-1].data["checkpoint_id"]
     assert first.attempts[1].from_step >= EVERY
