@@ -294,7 +294,13 @@ def test_ctrl_c_while_waiting_for_a_detached_stack_stops_it(short_dir: Path) -> 
     command = [sys.executable, "-m", "orchestrator.cli.main", "up", "--detach", "--port", "0", "--data-dir"]
     with (short_dir / "out").open("wb") as out:
         waiting = subprocess.Popen(
-            [*command, str(folder)], env=env, cwd=Path(__file__).parents[2], stdout=out, stderr=subprocess.STDOUT
+            [*command, str(folder)],
+            env=env,
+            cwd=Path(__file__).parents[2],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     eventually(lambda: b"Ray: starting" in (short_dir / "out").read_bytes(), timeout_s=90.0)
     run = DataDir(folder).running()
