@@ -24,6 +24,7 @@ class StandinOutcome:
     step: int = 0
     checkpoint_step: int | None = None
     error_type: str = ""
+    sound_step: int | None = None
 
 
 def run_rank(attempt: Any, ranks: Any, reporter: Any, store: Any, data_root: Path | None) -> StandinOutcome:

@@ -109,6 +109,7 @@ class Outcome:
     step: int = 0
     checkpoint_step: int | None = None
     error_type: str = ""
+    sound_step: int | None = None
 
 
 def attempt(**spec: Any) -> AttemptFile:
