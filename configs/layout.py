@@ -6,6 +6,7 @@
     attempts/0003/logs/<stream>/000007.jsonl   stream: driver, rank-00000, …
     checkpoints/step-000120000-a0003/
         shards/…                            safetensors; see Manifest
+        shards/rank-00000-of-00002.json     what rank 0 of 2 wrote, and what it measured (RankFiles)
         manifest.json                       written last, If-None-Match: *; without it there is no checkpoint
     exports/<format>/…                      what an export job made
     tensorboard/events.out.tfevents.0003.000007   its metrics for TensorBoard: attempt and part
@@ -61,6 +62,10 @@ def checkpoint_prefix(job_id: str, step: int, attempt: int) -> str:
 
 def manifest_key(checkpoint_prefix: str) -> str:
     return f"{checkpoint_prefix}manifest.json"
+
+
+def rank_files_key(checkpoint_prefix: str, rank: int, world_size: int) -> str:
+    return f"{checkpoint_prefix}shards/rank-{rank:05d}-of-{world_size:05d}.json"
 
 
 def export_prefix(job_id: str, fmt: str) -> str:

@@ -212,10 +212,14 @@ class MetricColumns(Stored):
 
     def thinned(self) -> Self:
         """Every second point."""
-        half = slice(None, None, 2)
-        return self.model_copy(
-            update={"steps": self.steps[half], "values": self.values[half], "at_us": self.at_us[half]}
-        )
+        return self._cut(slice(None, None, 2))
+
+    def part(self, start: int, end: int) -> Self:
+        """The points numbered `start` up to, not including, `end`."""
+        return self._cut(slice(start, end))
+
+    def _cut(self, at: slice) -> Self:
+        return self.model_copy(update={"steps": self.steps[at], "values": self.values[at], "at_us": self.at_us[at]})
 
 
 def to_columns(points: Iterable[MetricPoint]) -> tuple[MetricColumns, ...]:
@@ -324,6 +328,16 @@ class ShardFile(Stored):
     crc32c: tuple[int, ...]
     """Of each block of BLOCK_BYTES."""
     slices: tuple[TensorSlice, ...]
+
+
+class RankFiles(Stored):
+    """What one rank tells rank 0 about its part of a checkpoint, as a small object beside its shards."""
+
+    rank: int
+    files: tuple[ShardFile, ...]
+    measured: tuple[MetricColumns, ...] = ()
+    """What this rank has measured since its last checkpoint. It lies here because reports are sent on by the driver:
+    one that dies takes with it what it had not delivered, and these steps are never done again."""
 
 
 class Preprocess(Stored):

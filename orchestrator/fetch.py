@@ -176,7 +176,8 @@ class _Download:
         self._on_bytes(block.num_bytes)
         return num_bytes_read
 
-    def _read_verified(self, block: _Block) -> bytearray:
+    def _read_verified(self, block: _Block) -> memoryview:
+        """The block's bytes, until this thread reads the next one."""
         problem = ""
         for trial in range(_NUM_TRIES):
             if self._stop.is_set():
@@ -196,7 +197,7 @@ class _Download:
             f"{problem} ({_NUM_TRIES} tries). Nothing of it was used; run the same command again to go on."
         )
 
-    def _read(self, block: _Block) -> bytearray:
+    def _read(self, block: _Block) -> memoryview:
         name = block.shard.name
         address = self._addresses.get(name)
         if address is not None and self._client.is_direct and is_direct(address):
@@ -220,9 +221,9 @@ class _Download:
                 if len(data) > block.num_bytes or self._stop.is_set():
                     # More than was asked for: a server that ignores Range would send the whole file.
                     break
-        return data
+        return memoryview(data)
 
-    def _read_directly(self, block: _Block, address: str) -> bytearray:
+    def _read_directly(self, block: _Block, address: str) -> memoryview:
         status, data = self._ranges.read(address, block.start, block.num_bytes)
         if status not in (200, 206):
             # It is good for an hour only: the server says where to go on.
@@ -231,8 +232,8 @@ class _Download:
         return data
 
 
-def _is_right(data: bytearray, block: _Block) -> bool:
-    # As an array: the checksum takes no bytearray, and bytes would be a copy.
+def _is_right(data: bytearray | memoryview, block: _Block) -> bool:
+    # As an array: the checksum takes neither, and bytes would be a copy.
     view = np.frombuffer(data, np.uint8)
     return len(data) == block.num_bytes and google_crc32c.value(view) == block.shard.crc32c[block.number]
 

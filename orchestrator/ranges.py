@@ -33,9 +33,9 @@ class RangeReader:
                 connection.close()
             self._open.clear()
 
-    def read(self, address: str, start: int, num_bytes: int) -> tuple[int, bytearray]:
+    def read(self, address: str, start: int, num_bytes: int) -> tuple[int, memoryview]:
         """The status of the answer, and the bytes of the range if it is 206 (or 200 for a range that begins the file);
-        fewer if the file ends before.
+        fewer if the file ends before. They lie in a buffer of the calling thread, until it reads again.
 
         Raises:
             Unreachable: no answer, or it was cut off.
@@ -48,7 +48,7 @@ class RangeReader:
             connection.request("GET", target, headers={"Range": wanted, "Accept-Encoding": "identity"})
             response = connection.getresponse()
             is_range = response.status == 206 or (response.status == 200 and start == 0)
-            data = _read_into(response, num_bytes) if is_range else bytearray()
+            data = _read_into(response, self._buffer(num_bytes) if is_range else memoryview(b""))
             if not response.isclosed():
                 # More came than was asked for, or an error's text: not worth reading.
                 self._drop(connection)
@@ -56,6 +56,13 @@ class RangeReader:
         except (OSError, http.client.HTTPException) as error:
             self._drop(connection)
             raise Unreachable(f"{parts.hostname} does not answer: {error or type(error).__name__}") from error
+
+    def _buffer(self, num_bytes: int) -> memoryview:
+        """Used again and again: the first touch of new memory costs as much as copying into it."""
+        buffer: bytearray | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = self._of_thread.buffer = bytearray(num_bytes)
+        return memoryview(buffer)[:num_bytes]
 
     def _connection(self, parts: SplitResult) -> http.client.HTTPConnection:
         where = parts.scheme, parts.netloc
@@ -89,11 +96,8 @@ def is_direct(address: str) -> bool:
     return not has_proxy or bool(urllib.request.proxy_bypass(parts.hostname))
 
 
-def _read_into(response: http.client.HTTPResponse, num_bytes: int) -> bytearray:
-    data = bytearray(num_bytes)
-    view, filled = memoryview(data), 0
-    while filled < num_bytes and (num_read := response.readinto(view[filled:])):
+def _read_into(response: http.client.HTTPResponse, buffer: memoryview) -> memoryview:
+    filled = 0
+    while filled < len(buffer) and (num_read := response.readinto(buffer[filled:])):
         filled += num_read
-    view.release()
-    del data[filled:]
-    return data
+    return buffer[:filled]

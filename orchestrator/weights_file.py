@@ -65,7 +65,7 @@ class WeightsFile:
         for descriptor in (self._file, *self._beside.values()):
             os.close(descriptor)
 
-    def write(self, shard: str, start: int, data: bytes | bytearray) -> None:
+    def write(self, shard: str, start: int, data: bytes | bytearray | memoryview) -> None:
         """Put the bytes of a shard from `start` on where they belong."""
         view = memoryview(data)
         for descriptor, where, first, last in self._places(shard, start, len(data)):

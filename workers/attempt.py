@@ -386,6 +386,7 @@ class _LastStep:
         self.checkpoint = reporter.checkpoint
         self.desired = reporter.desired
         self.flush = reporter.flush
+        self.take_measured = reporter.take_measured
 
     def heartbeat(self, phase: Phase, step: int) -> None:
         self.step = step

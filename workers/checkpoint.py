@@ -39,19 +39,19 @@ from torch import Tensor
 
 from configs.failpoints import failpoint
 from configs.ids import checkpoint_id
-from configs.layout import checkpoint_prefix, manifest_key
+from configs.layout import checkpoint_prefix, manifest_key, rank_files_key
 from configs.lineage import batch_number
 from configs.model import NetworkConfig
 from configs.reasons import ExitReason
 from configs.states import Desired
 from configs.train import Weights
-from configs.wire import DataSkip, LossWatch, Manifest, ParentCut, Preprocess, ShardFile, TensorSlice
+from configs.wire import DataSkip, LossWatch, Manifest, ParentCut, Preprocess, RankFiles, ShardFile, TensorSlice
 from workers.control import ControlWord, Word
 from workers.distributed import Ranks
 from workers.ema import WeightAverage
 from workers.owned import HasDeepSpeed, Owned, begin_load, finish_load, moment, moment_names, owned, shapes
 from workers.report import Reporter
-from workers.shards import CheckpointCorrupt, RankFiles, ShardBuffer, Wanted, read_into
+from workers.shards import CheckpointCorrupt, ShardBuffer, Wanted, read_into
 from workers.store import AlreadyExists, NotFound, ObjectStore, StorageError, StoreRefused
 from workers.versions import versions
 
@@ -238,17 +238,18 @@ class Checkpointer:
         files = [buffer.describe() for buffer in self._buffers]
         for buffer in self._buffers:
             self._persist(partial(self._store.put, save.prefix + buffer.name, buffer.data))
-        record = RankFiles(rank=self._ranks.rank, files=tuple(files)).model_dump_json().encode()
-        self._persist(partial(self._store.put, save.prefix + self._record_name(self._ranks.rank), record))
         # Steps up to here are never done again: what was measured in them must not die with this process.
         self._reporter.flush()
+        measured = self._reporter.take_measured()
+        record = RankFiles(rank=self._ranks.rank, files=tuple(files), measured=measured).model_dump_json().encode()
+        self._persist(partial(self._store.put, self._record_key(save, self._ranks.rank), record))
         failpoint("checkpoint.uploaded", rank=self._ranks.rank, step=save.progress.step)
         self._num_uploaded = save.number
 
     def _commit(self, save: _Save) -> None:
         records = [
             RankFiles.model_validate_json(
-                self._persist(partial(self._store.get, save.prefix + self._record_name(rank)))
+                self._persist(partial(self._store.get, self._record_key(save, rank)))
             )
             for rank in range(self._ranks.world_size)
         ]
@@ -296,8 +297,8 @@ class Checkpointer:
             created_at=datetime.now(UTC),
         )
 
-    def _record_name(self, rank: int) -> str:
-        return f"shards/rank-{rank:05d}-of-{self._ranks.world_size:05d}.json"
+    def _record_key(self, save: _Save, rank: int) -> str:
+        return rank_files_key(save.prefix, rank, self._ranks.world_size)
 
     def _persist(self, action: Callable[[], _T]) -> _T:
         """Do `action`, again and again while the store does not answer, until the deadline."""

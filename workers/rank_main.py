@@ -26,7 +26,7 @@ from configs.layout import rank_stream
 from configs.reasons import ExitReason
 from configs.service import Resources
 from configs.states import Desired
-from configs.wire import AttemptFile, Heartbeat, MetricPoint, Phase, WorkerEvent
+from configs.wire import AttemptFile, Heartbeat, MetricColumns, MetricPoint, Phase, WorkerEvent, to_columns
 from workers import logs
 from workers.diagnosis import RankEnd
 from workers.hub import Push, RankInfo
@@ -118,6 +118,7 @@ class RankReporter:
         self._step = 0
         self._beats = 0
         self._metrics: deque[MetricPoint] = deque(maxlen=_MAX_BUFFERED)
+        self._measured: deque[MetricPoint] = deque(maxlen=_MAX_BUFFERED)
         self._events: deque[WorkerEvent] = deque(maxlen=_MAX_BUFFERED)
         self._checkpoints: list[str] = []
         self._desired = Desired.RUN
@@ -139,6 +140,7 @@ class RankReporter:
         point = MetricPoint(name=name, step=step, value=number if math.isfinite(number) else None, at=datetime.now(UTC))
         with self._lock:
             self._metrics.append(point)
+            self._measured.append(point)
 
     def event(self, type_: str, message: str, data: dict[str, Any] | None = None) -> None:
         event = WorkerEvent(type=type_, message=message, at=datetime.now(UTC), data=data or {})
@@ -160,6 +162,12 @@ class RankReporter:
             target = self._num_taken + 1
             self._wake.set()
             self._sent.wait_for(lambda: self._num_sent >= target or self._stop.is_set(), FLUSH_S)
+
+    def take_measured(self) -> tuple[MetricColumns, ...]:
+        with self._lock:
+            points = list(self._measured)
+            self._measured.clear()
+        return to_columns(points)
 
     @property
     def step(self) -> int:

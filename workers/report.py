@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from configs.states import Desired
-from configs.wire import Phase
+from configs.wire import MetricColumns, Phase
 
 
 class Reporter(Protocol):
@@ -29,6 +29,10 @@ class Reporter(Protocol):
 
     def flush(self) -> None:
         """Return once all that was noted so far has left this process, or after a few seconds. Not for the step."""
+        ...
+
+    def take_measured(self) -> tuple[MetricColumns, ...]:
+        """The points recorded since the last call, as they go into a checkpoint beside being sent."""
         ...
 
     def desired(self) -> Desired:

@@ -43,13 +43,6 @@ class CheckpointCorrupt(Exception):
         self.key = key
 
 
-class RankFiles(Stored):
-    """What one rank tells rank 0 about its shard files, as a small object beside them."""
-
-    rank: int
-    files: tuple[ShardFile, ...]
-
-
 class ShardBuffer:
     """A shard file in memory, allocated and touched once: its header never changes, its slots are filled each time."""
 

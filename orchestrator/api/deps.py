@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, StringConstraints, ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from configs.errors import SpecError, to_pointer
 from configs.load import parse_text
 from configs.model import without_tags
 from orchestrator.schemas import ProblemError
-from orchestrator.services.auth import Actor, authenticate, check_worker_secret, require
+from orchestrator.services.auth import Actor, KnownTokens, check_worker_secret, require
 from orchestrator.services.problems import Invalid, field_error
 from orchestrator.services.streams import StreamLimit
 from orchestrator.settings import Settings
@@ -31,6 +32,7 @@ class Services:
     db: Database
     store: ObjectStore
     streams: StreamLimit
+    tokens: KnownTokens = field(default_factory=KnownTokens)
 
 
 # What needs no database is async: a plain function would be sent to a thread and back, which takes longer than it does.
@@ -46,13 +48,16 @@ _user_scheme = HTTPBearer(scheme_name="token", description="A token made with PO
 _worker_scheme = HTTPBearer(scheme_name="worker_secret", description="Drivers only.", auto_error=False)
 
 
-def _actor(
+async def _actor(
     request: Request,
     services: ServicesDep,
     _: Annotated[HTTPAuthorizationCredentials | None, Depends(_user_scheme)],
 ) -> Actor:
-    with services.db.reader() as session:
-        return authenticate(session, request.headers.get("authorization"), datetime.now(UTC))
+    header = request.headers.get("authorization")
+    known = services.tokens.find(header)
+    if known is not None:
+        return known
+    return await run_in_threadpool(services.tokens.authenticate, services.db, header, datetime.now(UTC))
 
 
 ActorDep = Annotated[Actor, Depends(_actor)]

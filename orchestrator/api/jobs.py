@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from configs.plan import Plan
 from configs.states import JobState
@@ -100,7 +101,11 @@ def create_plan(request: Request, services: ServicesDep, _: Viewer, body: RawBod
     return submission.plan_job(services.db, parsed)
 
 
-@router.get("/jobs", operation_id="list_jobs", responses=declares(401, 422, 503))
+@router.get(
+    "/jobs",
+    operation_id="list_jobs",
+    responses={200: {"model": JobPage, "description": "A page."}, **declares(401, 422, 503)},
+)
 def list_jobs(
     services: ServicesDep,
     _: Viewer,
@@ -111,16 +116,21 @@ def list_jobs(
     name: Annotated[PrintableText | None, Query(description="A part of the name, in any case.")] = None,
     limit: Limit = 50,
     cursor: Cursor = None,
-) -> JobPage:
+) -> Response:
     """Jobs, the newest first."""
     wanted = jobs.JobFilter(tuple(state or ()), kind, project, name, tuple(label or ()))
-    return jobs.list_jobs(services.db, wanted, limit, cursor)
+    return _answer(jobs.list_jobs(services.db, wanted, limit, cursor))
 
 
-@router.get("/jobs/{job_id}", operation_id="get_job", responses=declares(401, 404, 503))
-def get_job(services: ServicesDep, _: Viewer, job_id: JobId, response: Response) -> JobPublic:
+@router.get(
+    "/jobs/{job_id}",
+    operation_id="get_job",
+    responses={200: {"model": JobPublic, "description": "The job."}, **declares(401, 404, 503)},
+)
+def get_job(services: ServicesDep, _: Viewer, job_id: JobId) -> Response:
     """One job: what was asked, where it stands, what it cost."""
-    return _with_etag(jobs.get_job(services.db, job_id), response)
+    job = jobs.get_job(services.db, job_id)
+    return _answer(job, {"ETag": job.etag})
 
 
 _STEERED: dict[int | str, dict[str, Any]] = declares(401, 403, 404, 409, 412, 413, 422, 503)
@@ -154,6 +164,11 @@ def resume_job(
     """Let a paused job back into the queue. With an Idempotency-Key it may be asked again."""
     key = key_for(actor, idempotency_key, b"resume_job", job_id.encode())
     return _with_etag(jobs.resume_job(services.db, actor, job_id, if_match, key), response)
+
+
+def _answer(model: BaseModel, headers: dict[str, str] | None = None) -> Response:
+    """The model as JSON. It is valid as it was made; FastAPI would check and copy it once more."""
+    return Response(model.model_dump_json(), headers=headers, media_type="application/json")
 
 
 def _with_etag(job: JobPublic, response: Response) -> JobPublic:

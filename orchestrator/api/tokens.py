@@ -51,3 +51,4 @@ def create_token(
 def revoke_token(services: ServicesDep, _: Admin, token_id: str) -> None:
     """Make a token useless from now on."""
     tokens.revoke_token(services.db, token_id)
+    services.tokens.forget()

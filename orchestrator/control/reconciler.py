@@ -43,6 +43,7 @@ from orchestrator.control.decide import (
 )
 from orchestrator.control.launcher import Launcher, LauncherError
 from orchestrator.control.leases import Claim, LeaseLost, claim_due, guarded, release, renew
+from orchestrator.control.measured import recover_measured
 from orchestrator.control.observe import Facts, Observer, load_facts
 from orchestrator.control.retries import Next, move
 from orchestrator.control.transitions import transition
@@ -247,6 +248,8 @@ class Reconciler:
         return self._tidy(claim) if following.state.is_terminal else None
 
     def _end(self, claim: Claim, facts: Facts, end: End) -> datetime | None:
+        if facts.attempt is not None:
+            recover_measured(self._db, self._store, facts.attempt.id, guard=lambda session: guarded(session, claim))
         with self._db.session() as session:
             job = guarded(session, claim)
             if job.desired != facts.job.desired:

@@ -67,6 +67,7 @@ def ingest_report(db: Database, attempt_id: str, batch: ReportBatch) -> ReportRe
             attempt.report_seq = batch.seq
             _store_metrics(session, job, attempt, batch)
             _store_events(session, job, attempt, batch)
+            attempt.reported = attempt.reported or batch.finished
             if not ended:
                 _note_progress(job, attempt, batch, datetime.now(UTC))
         return ReportReply(desired=Desired.STOP if ended else Desired(job.desired), acknowledged_seq=attempt.report_seq)

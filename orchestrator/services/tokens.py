@@ -1,4 +1,4 @@
-"""Tokens: made by administrators, shown once, stored as a hash, revoked at once."""
+"""Tokens: made by administrators, shown once, stored as a hash, revoked at once (in other API processes within a second)."""
 
 from __future__ import annotations
 

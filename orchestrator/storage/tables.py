@@ -152,6 +152,8 @@ class AttemptRow(Base):
     """The ExitFile, or what the reconciler concluded without one."""
     claim_nonce: Mapped[str | None] = mapped_column(String(64), nullable=True)
     report_seq: Mapped[int] = mapped_column(BigInteger, default=0)
+    reported: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Its driver delivered its last report: nothing that was measured is missing here."""
     submitted_at: Mapped[datetime | None] = mapped_column(nullable=True)
     created_at: Mapped[datetime]
     first_step_at: Mapped[datetime | None] = mapped_column(nullable=True)

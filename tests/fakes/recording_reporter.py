@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from configs.states import Desired
-from configs.wire import Phase
+from configs.wire import MetricColumns, MetricPoint, Phase, to_columns
 
 
 class RecordingReporter:
@@ -18,6 +19,7 @@ class RecordingReporter:
         self.checkpoints: list[str] = []
         self.phases: list[Phase] = []
         self.step = 0
+        self._since_taken: list[MetricPoint] = []
         self._order = order
 
     def heartbeat(self, phase: Phase, step: int) -> None:
@@ -27,6 +29,7 @@ class RecordingReporter:
 
     def metric(self, name: str, step: int, value: float) -> None:
         self.metrics.setdefault(name, {})[step] = value
+        self._since_taken.append(MetricPoint(name=name, step=step, value=value, at=datetime.now(UTC)))
 
     def event(self, type_: str, message: str, data: dict[str, Any] | None = None) -> None:
         self.events.append((type_, message, data or {}))
@@ -36,6 +39,11 @@ class RecordingReporter:
 
     def flush(self) -> None:
         pass
+
+    def take_measured(self) -> tuple[MetricColumns, ...]:
+        taken, self._since_taken = to_columns(self._since_taken), []
+        return taken
+
 
     def desired(self) -> Desired:
         return self._order(self.step)

@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import select
 
 from configs.ids import attempt_id, checkpoint_id
-from configs.layout import attempt_key, checkpoint_prefix
+from configs.layout import attempt_key, checkpoint_prefix, rank_files_key
 from configs.reasons import ExitReason, QueueReason
 from configs.states import AttemptState, Desired, JobState
-from configs.wire import AttemptFile, DataSkip, ParentCut
+from configs.wire import AttemptFile, DataSkip, MetricPoint, ParentCut, RankFiles, to_columns
 from orchestrator.control.launcher import LaunchState, NodeInfo
 from orchestrator.control.leases import claim_due
 from orchestrator.control.queue_view import schedule_queue, store_cluster
@@ -862,3 +862,21 @@ def test_trouble_with_one_job_is_not_the_others(world: World) -> None:
     world.look(3)
     assert world.job(healthy).state == JobState.PREPARING
     assert world.job(broken).state == JobState.QUEUED
+
+
+@pytest.mark.db
+def test_what_a_killed_driver_had_not_delivered_is_in_its_last_checkpoint(world: World) -> None:
+    job_id = world.start()
+    world.report(job_id, step=25)
+    put_checkpoint(world.store, world.job(job_id), 1, 20)
+    point = MetricPoint(name="train/loss", step=20, value=1.5, at=world.clock())
+    record = RankFiles(rank=0, files=(), measured=to_columns([point]))
+    key = rank_files_key(checkpoint_prefix(job_id, 20, 1), 0, 2)
+    world.store.put(key, record.model_dump_json().encode())
+    world.end(job_id)
+    world.look()
+    assert world.attempts(job_id)[0].exit_reason == ExitReason.DRIVER_LOST
+    with world.db.reader() as session:
+        rows = session.scalars(select(MetricRow).where(MetricRow.job_id == job_id)).all()
+    assert [(row.attempt, row.name, row.step, row.value) for row in rows] == [(1, "train/loss", 20, 1.5)]
+    assert world.job(job_id).last_metrics == {"train/loss": 1.5}
