@@ -248,9 +248,7 @@ class Checkpointer:
 
     def _commit(self, save: _Save) -> None:
         records = [
-            RankFiles.model_validate_json(
-                self._persist(partial(self._store.get, self._record_key(save, rank)))
-            )
+            RankFiles.model_validate_json(self._persist(partial(self._store.get, self._record_key(save, rank))))
             for rank in range(self._ranks.world_size)
         ]
         manifest = self._manifest(save, tuple(file for record in records for file in record.files))

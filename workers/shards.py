@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.base import Stored
 from configs.wire import BLOCK_BYTES, Manifest, ShardFile, TensorSlice
 from workers.store import NotFound, ObjectStore
 

@@ -74,7 +74,7 @@ def _note_newest(session: Session, job: JobRow, columns: list[MetricColumns]) ->
     known = select(MetricRow.name, func.max(MetricRow.step)).where(
         MetricRow.job_id == job.id, MetricRow.name.in_(names)
     )
-    newest: dict[str, int] = {name: step for name, step in session.execute(known.group_by(MetricRow.name))}
+    newest: dict[str, int] = dict(session.execute(known.group_by(MetricRow.name)).tuples().all())
     values = dict(job.last_metrics)
     for column in columns:
         for step, value in zip(column.steps, column.values, strict=True):

@@ -20,7 +20,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from configs.states import Desired, JobState
-from orchestrator.storage.events import lock_job, record
+from orchestrator.storage.events import lock_job, record, record_first
 from orchestrator.storage.tables import JobRow
 
 
@@ -103,7 +103,8 @@ def enqueue(session: Session, job: JobRow, *, actor: str, at: datetime | None = 
     job.created_at = job.created_at or at
     session.add(job)
     session.flush()
-    record(session, job.id, "job.queued", f"{job.kind} job {job.name!r} was submitted", actor, at=at, is_new=True)
+    message = f"{job.kind} job {job.name!r} was submitted"
+    record_first(session, job.id, "job.queued", message, actor, at)
     return job
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from configs.data import FolderSource
 from configs.datasets import PLANNING_CARDS, card_for
 from configs.errors import FieldError, SpecError, close_matches, to_pointer
 from configs.ids import JOB_ID, new_job_id
@@ -227,10 +228,12 @@ def _look_up(
             [] if unneeded else faults, lambda: find_source(session, reference, spec.queue.depends_on, hold=hold)
         )
         source, init_from = found or (None, None)
-    known: Mapping[str, DatasetCard] = registered_datasets(session)
+    data = data_of(spec, source)
+    known: Mapping[str, DatasetCard] = {}
+    if data is not None and isinstance(data.source, FolderSource):
+        known = registered_datasets(session)
     if for_plan:
         known = {**PLANNING_CARDS, **known}
-    data = data_of(spec, source)
     card = None if data is None else _collect(faults, lambda: card_for(data.source, known))
     _collect(faults, lambda: _check_dependencies(session, spec))
     if faults:

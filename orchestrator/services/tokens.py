@@ -1,4 +1,4 @@
-"""Tokens: made by administrators, shown once, stored as a hash, revoked at once (in other API processes within a second)."""
+"""Tokens: made by administrators, shown once, stored as a hash, revoked at once (in other API processes: in 1 s)."""
 
 from __future__ import annotations
 

@@ -61,9 +61,7 @@ def upsert_points(
         connection.exec_driver_sql(statement, (job_id, attempt, seq, names, steps, values, times))
 
 
-def _into_sqlite(
-    connection: Connection, batch: tuple[str, int, int], points: list[_Row], on_conflict: str
-) -> None:
+def _into_sqlite(connection: Connection, batch: tuple[str, int, int], points: list[_Row], on_conflict: str) -> None:
     times = {at_us: _stored(at_us) for at_us in {point[3] for point in points}}
     rows = [(name, step, value, times[at_us]) for name, step, value, at_us in points]
     whole = len(rows) - len(rows) % _ROWS

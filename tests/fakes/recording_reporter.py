@@ -44,6 +44,5 @@ class RecordingReporter:
         taken, self._since_taken = to_columns(self._since_taken), []
         return taken
 
-
     def desired(self) -> Desired:
         return self._order(self.step)

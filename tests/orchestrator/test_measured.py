@@ -55,7 +55,9 @@ def commit(store: MemoryStore, db: Database, job: JobRow, step: int, *measured: 
 
 def stored(db: Database, job: JobRow) -> dict[tuple[str, int], float | None]:
     with db.reader() as session:
-        rows = session.execute(select(MetricRow.name, MetricRow.step, MetricRow.value).where(MetricRow.job_id == job.id))
+        rows = session.execute(
+            select(MetricRow.name, MetricRow.step, MetricRow.value).where(MetricRow.job_id == job.id)
+        )
         return {(name, step): value for name, step, value in rows}
 
 
