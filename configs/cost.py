@@ -42,6 +42,8 @@ class Gpu:
     bf16_tflops: float | None
     """None: no bfloat16 matrix units."""
     fp32_tflops: float
+    link_gb_per_s: float
+    """To its neighbours in a server, one way: NVLink, or PCIe where there is none."""
 
     def peak_tflops(self, precision: Precision) -> float | None:
         return self.bf16_tflops if precision == "bf16" else self.fp32_tflops
@@ -50,17 +52,17 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("V100", 16, None, 15.7),
-        Gpu("T4", 16, None, 8.1),
-        Gpu("A10G", 24, 70.0, 31.2),
-        Gpu("L4", 24, 121.0, 30.3),
-        Gpu("L40S", 48, 362.0, 91.6),
-        Gpu("A100-40G", 40, 312.0, 19.5),
-        Gpu("A100", 80, 312.0, 19.5),
-        Gpu("A100-80G", 80, 312.0, 19.5),
-        Gpu("H100", 80, 989.0, 67.0),
-        Gpu("H200", 141, 989.0, 67.0),
-        Gpu("B200", 180, 2250.0, 80.0),
+        Gpu("V100", 16, None, 15.7, 150.0),
+        Gpu("T4", 16, None, 8.1, 16.0),
+        Gpu("A10G", 24, 70.0, 31.2, 32.0),
+        Gpu("L4", 24, 121.0, 30.3, 16.0),
+        Gpu("L40S", 48, 362.0, 91.6, 32.0),
+        Gpu("A100-40G", 40, 312.0, 19.5, 300.0),
+        Gpu("A100", 80, 312.0, 19.5, 300.0),
+        Gpu("A100-80G", 80, 312.0, 19.5, 300.0),
+        Gpu("H100", 80, 989.0, 67.0, 450.0),
+        Gpu("H200", 141, 989.0, 67.0, 450.0),
+        Gpu("B200", 180, 2250.0, 80.0, 900.0),
     )
 }
 """By Ray's accelerator type. "A100" alone is taken to be the 80 GB model."""

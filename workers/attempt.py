@@ -116,6 +116,8 @@ def _train(
         spec.train.global_batch_size,
         train_flops_per_image(config),
         peak_flops(ranks.device, spec.train.precision),
+        # What the allocator has reserved is what must fit.
+        partial(torch.cuda.max_memory_reserved, ranks.device) if ranks.device.type == "cuda" else None,
     )
     train_loader = TrainLoader(
         opened.train,

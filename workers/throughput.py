@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 
 import torch
 
-from configs.cost import GPUS, Precision
+from configs.cost import GIB, GPUS, Precision
 from configs.layout import rank_stream
 from workers.distributed import Ranks
 from workers.report import Reporter
@@ -26,13 +27,16 @@ class Throughput:
         images_per_step: int,
         flops_per_image: float | None,
         peak_flops: float | None,
+        peak_memory: Callable[[], int] | None = None,
     ) -> None:
         """`images_per_step` is the global batch; `flops_per_image` a training step's (6 x MAC); `peak_flops` one
-        device's per second. Without both of the latter, perf/mfu is not reported."""
+        device's per second. Without both of the latter, perf/mfu is not reported. `peak_memory` tells the most bytes
+        that this rank's device has held, without waiting for it."""
         self._reporter = reporter
         self._ranks = ranks
         self._images_per_step = images_per_step
         self._share_of_peak = flops_per_image / peak_flops if flops_per_image and peak_flops else None
+        self._peak_memory = peak_memory
         self._steps = 0
         self._seconds = 0.0
         self._waited_s = 0.0
@@ -47,6 +51,9 @@ class Throughput:
         """Report the mean over the steps since the last report: this rank's step time, and from rank 0 the rest."""
         seconds = max(self._seconds, 1e-9)
         self._reporter.metric(f"perf/step_time_s/{rank_stream(self._ranks.rank)}", step, seconds / max(self._steps, 1))
+        if self._peak_memory is not None:
+            stream = rank_stream(self._ranks.rank)
+            self._reporter.metric(f"perf/peak_memory_gib/{stream}", step, self._peak_memory() / GIB)
         if self._ranks.is_first:
             images_per_s = self._images_per_step * self._steps / seconds
             self._reporter.metric("perf/images_per_s", step, images_per_s)

@@ -70,10 +70,21 @@ def print_plan(plan_fields: Mapping[str, Any]) -> None:
                 f"{stage.total_gib:.2f}",
                 {True: "[green]yes[/]", False: "[red]no[/]", None: "-"}[stage.fits],
                 "-" if stage.max_micro_batch is None else str(stage.max_micro_batch),
+                "-" if stage.hours is None else f"{stage.hours:,.3g}",
+                "-" if stage.gpu_hours is None else f"{stage.gpu_hours:,.3g}",
             )
             for stage in made.stages
         ]
-        columns = ("ZERO", "STATE GiB>", "ACTIVATIONS GiB>", "TOTAL GiB>", "FITS", "LARGEST MICRO-BATCH>")
+        columns = (
+            "ZERO",
+            "STATE GiB>",
+            "ACTIVATIONS GiB>",
+            "TOTAL GiB>",
+            "FITS",
+            "LARGEST MICRO-BATCH>",
+            "HOURS>",
+            "GPU-HOURS>",
+        )
         out.print(output.table(columns, rows))
     for note in made.notes:
         out.print(f"[dim]- {escape(note)}[/]")
@@ -99,7 +110,8 @@ def _lines(made: Plan) -> list[tuple[str, str]]:
         lines.append(("may run on", ", ".join(map(str, made.allowed_world_sizes)) + " workers"))
     if made.hours is not None:
         band = f", give or take {made.error_band_pct} %" if made.error_band_pct else ""
-        rate = f"{made.images_per_s:,.0f} images/s: " if made.images_per_s else ""
+        bound = " (decoding binds)" if made.bound == "decode" else ""
+        rate = f"{made.images_per_s:,.0f} images/s{bound}: " if made.images_per_s else ""
         devices = f" ({made.gpu_hours:,.3g} GPU-hours)" if made.gpu_hours else ""
         lines.append(("time", f"{rate}{made.hours:,.3g} hours{devices}{band}"))
     elif made.steps is not None:

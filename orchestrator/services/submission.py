@@ -29,6 +29,7 @@ from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
 from orchestrator.schemas import JobCreate, JobPreview
 from orchestrator.services.auth import Actor
+from orchestrator.services.calibration import calibrate
 from orchestrator.services.idempotency import Answer, Key, claim, remember
 from orchestrator.services.jobs import check_action, find_job, publish_new
 from orchestrator.services.sources import find_source
@@ -151,7 +152,8 @@ def plan_job(db: Database, request: Request) -> Plan:
     """
     with db.reader() as session:
         spec, card, source, _ = _look_up(session, request, for_plan=True, hold=False)
-    return plan(spec, card, request.gpu, source)
+        calibration = calibrate(session)
+    return plan(spec, card, request.gpu, source, calibration)
 
 
 def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | None) -> Submitted:

@@ -267,11 +267,11 @@ def test_what_does_not_exist_is_a_problem_too(api: TestClient) -> None:
 
 def test_a_fault_of_ours_says_nothing_of_our_insides(api: TestClient, db: Database) -> None:
     with db.session() as session:
-        session.connection().exec_driver_sql("ALTER TABLE datasets RENAME TO gone")
+        session.connection().exec_driver_sql("ALTER TABLE events RENAME TO gone")
     response = api.post("/v1/jobs", json={"spec": spec_with()})
     assert response.status_code == 500
     assert response.json()["code"] == "internal"
-    assert "datasets" not in response.text
+    assert "events" not in response.text
 
 
 def test_a_store_that_is_away_is_said_so(api: TestClient, db: Database, store: MemoryStore) -> None:
