@@ -68,10 +68,10 @@ def mean_distance(weights: Tensor, grid: tuple[int, int], stride: int, num_prefi
     The paper does not say what becomes of the class token, which has no place: it is left out as query and as key, and
     what is left of a patch's weights is scaled to sum to 1.
     """
-    patches = weights[:, :, num_prefix:, num_prefix:].double()
-    distances = patch_distances(grid, stride).to(patches)
-    total = patches.sum(dim=3).clamp_min(torch.finfo(torch.float64).tiny)  # (B, H, N - P)
-    return ((patches * distances).sum(dim=3) / total).mean(dim=2).float()
+    patches = weights[:, :, num_prefix:, num_prefix:]
+    weighted = torch.einsum("bhqk,qk->bhq", patches, patch_distances(grid, stride).to(patches))
+    total = patches.sum(dim=3).clamp_min(torch.finfo(patches.dtype).tiny)  # (B, H, N - P)
+    return (weighted / total).mean(dim=2)
 
 
 def uniform_distance(grid: tuple[int, int], stride: int) -> float:
