@@ -79,11 +79,6 @@ def uniform_distance(grid: tuple[int, int], stride: int) -> float:
     return float(patch_distances(grid, stride).mean())
 
 
-def farthest_distance(grid: tuple[int, int], stride: int) -> float:
-    """`mean_distance` of a head whose patches look only at the patch farthest from them: the most there can be."""
-    return float(patch_distances(grid, stride).amax(dim=1).mean())
-
-
 # -- which patches the output reads ------------------------------------------------------------------------------------
 def roll_out(rolled: Tensor | None, weights: Tensor, residual: bool) -> Tensor:
     """Attention Rollout one block further, (B, N, N): from the tokens after this block to those before the first.

@@ -27,7 +27,7 @@ from configs.reasons import ExitReason
 from configs.spec import InspectJob
 from configs.states import Desired
 from configs.wire import AttemptFile, DatasetCard, Manifest, Picture, PictureFile, PictureIndex
-from vit.attention_maps import each_attention, farthest_distance, mean_distance, roll_out, rollout_map, uniform_distance
+from vit.attention_maps import each_attention, mean_distance, roll_out, rollout_map, uniform_distance
 from vit.filters import patch_filters, principal_components, stem_filters
 from vit.position_similarity import position_similarity
 from workers.control import LEAVES_WITH
@@ -247,7 +247,6 @@ def _draw_distance(config: VitConfig, looked: Looked) -> Drawing:
         num_images=len(distances),
         image_hw=config.image_size,
         uniform=uniform_distance(config.grid, config.stride),
-        most=farthest_distance(config.grid, config.stride),
     )
 
 

@@ -15,7 +15,6 @@ from tests.vit.test_vit_timm import timm_model
 from vit import ViT
 from vit.attention_maps import (
     attention_maps,
-    farthest_distance,
     mean_distance,
     patch_distances,
     roll_out,
@@ -119,12 +118,10 @@ def test_the_class_token_has_no_distance() -> None:
     assert mean_distance(everything, (1, 2), 4, 1).tolist() == [[0.0]]
 
 
-def test_equal_attention_and_the_farthest_patch_are_the_marks() -> None:
+def test_equal_attention_is_the_mark() -> None:
     grid, stride = (3, 4), 7
     uniform = torch.full((1, 2, 12, 12), 1 / 12)
     assert mean_distance(uniform, grid, stride, 0)[0].tolist() == pytest.approx([uniform_distance(grid, stride)] * 2)
-    far = torch.nn.functional.one_hot(patch_distances(grid, stride).argmax(dim=1), 12)[None, None].float()
-    assert mean_distance(far, grid, stride, 0).item() == pytest.approx(farthest_distance(grid, stride))
     assert uniform_distance((2, 2), 1) == pytest.approx((2 + math.sqrt(2)) / 4)
 
 

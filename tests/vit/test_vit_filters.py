@@ -17,9 +17,8 @@ def test_components_are_the_directions_in_which_filters_differ() -> None:
     """Two patterns, of which filters hold random amounts, the first twice as much; and a mean they all share."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.linalg.qr(torch.randn(12, 2, generator=generator))[0].T  # orthonormal
-    amounts = torch.linalg.qr(torch.randn(50, 3, generator=generator) - 0.0)[0][:, :2]
-    amounts = amounts - amounts.mean(dim=0)
-    amounts = torch.linalg.qr(amounts)[0] * torch.tensor([2.0, 1.0])
+    amounts = torch.randn(50, 2, generator=generator)
+    amounts = torch.linalg.qr(amounts - amounts.mean(dim=0))[0] * torch.tensor([2.0, 1.0])
     filters = (5.0 + amounts @ patterns).unflatten(1, (3, 2, 2))
     found = principal_components(filters, 2)
     assert found.filters.shape == (2, 3, 2, 2)
@@ -60,21 +59,14 @@ def test_patch_filters_are_of_the_image(make_model: Any) -> None:
         patch_filters(hybrid)
 
 
-def test_stem_filters_are_what_is_convolved_with(make_model: Any) -> None:
-    """A single bright pixel gives the kernel back, turned around."""
+def test_stem_filters_are_standardised_as_they_are_applied(make_model: Any) -> None:
     hybrid = make_model(stem=StemConfig(layers=(), width=32), patch_size=1)
     bit = build(BitConfig(resnet=ResNetConfig(layers=(1,), width=32), image_size=(16, 16), num_classes=3))
     for model, conv in ((hybrid, hybrid.patch_embed.backbone.stem.conv), (bit, bit.stem.conv)):
+        kernels = conv.weight.detach().double().flatten(1).numpy()
+        expected = (kernels - kernels.mean(axis=1, keepdims=True)) / kernels.std(axis=1, keepdims=True)
         found = stem_filters(model)
         assert found.shape == (32, 3, 7, 7)
-        pixel = torch.zeros(1, 3, 21, 21)
-        pixel[0, 1, 10, 10] = 1.0
-        with torch.no_grad():
-            answers = torch.nn.functional.conv2d(pixel, conv.standardized(), padding=3)
-            seen = conv(torch.nn.functional.pad(pixel, (0, 1, 0, 1)))
-        assert torch.equal(answers[0, :, 7:14, 7:14].flip(1, 2), found[:, 1])
-        assert seen.shape[1] == 32
-        assert found.mean(dim=(1, 2, 3)).abs().max() < 1e-6
-        assert found.var(dim=(1, 2, 3), correction=0).tolist() == pytest.approx([1.0] * 32, abs=1e-2)
+        assert found.flatten(1).numpy() == pytest.approx(expected, abs=1e-3)
     with pytest.raises(ValueError, match="without a stem"):
         stem_filters(make_model())

@@ -18,6 +18,7 @@ SIZE = (8, 12)
 
 def pair_by_pair(table: Tensor) -> Tensor:
     """(rows, columns, rows, columns) of (rows * columns, D)."""
+    table = table.detach()
     found = torch.tensor([[float(F.cosine_similarity(p, q, dim=0)) for q in table] for p in table])
     return found.reshape(*GRID, *GRID)
 

@@ -32,7 +32,7 @@ def positions(*shape: int, kind: str = "learned") -> Callable[[], Drawing]:
 
 def distance(layers: int, heads: int) -> Callable[[], Drawing]:
     values = np.abs(random(layers, heads)) * 4
-    return lambda: draw_attention_distance(values, values / 10, num_images=3, image_hw=(28, 42), uniform=9.0, most=20.0)
+    return lambda: draw_attention_distance(values, values / 10, num_images=3, image_hw=(28, 42), uniform=9.0)
 
 
 def rollout(count: int, channels: int, names: tuple[str, ...] | None = ("trouser", "sneaker")) -> Callable[[], Drawing]:

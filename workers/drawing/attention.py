@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,10 @@ from workers.drawing.canvas import BLUE, INK, ORANGE, QUIET, Drawing, Floats, ba
 
 
 def draw_attention_distance(
-    distances: Floats, deviations: Floats, *, num_images: int, image_hw: tuple[int, int], uniform: float, most: float
+    distances: Floats, deviations: Floats, *, num_images: int, image_hw: tuple[int, int], uniform: float
 ) -> Drawing:
     """`distances` in pixels, (L, H), averaged over images, and their standard deviations among images; `uniform`: that
-    of a head that attends to all patches alike; `most`: the largest there can be."""
+    of a head that attends to all patches alike."""
     layers, heads = distances.shape
     width, height = 6.4, 4.2
     title = "Mean attention distance"
@@ -42,13 +43,18 @@ def draw_attention_distance(
     axes.set_xlabel("Layer")
     axes.set_ylabel("Mean attention distance (pixels)")
     axes.set_xlim(0.5, layers + 0.5)
-    axes.set_ylim(0, max(most, float(distances.max()), 1.0) * 1.02)
+    # One scale for all models of one grid, unless a head looks farther.
+    axes.set_ylim(0, max(1.5 * uniform, 1.15 * float(distances.max()), 1.0))
     axes.set_xticks(depth if layers <= 16 else depth[::2])
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower right", ncols=1)
-    numbers: dict[str, NDArray] = {"distance": distances, "deviation": deviations}
-    numbers |= {"uniform": np.float32(uniform), "num_images": np.int64(num_images)}  # type: ignore[dict-item]
+    axes.legend(loc="upper left", ncols=3, columnspacing=1.5, handletextpad=0.6)
+    numbers: dict[str, NDArray[Any]] = {
+        "distance": distances,
+        "deviation": deviations,
+        "uniform": np.array(uniform),
+        "num_images": np.array(num_images),
+    }
     return Drawing("attention_distance", title, _distance_caption(distances, uniform, many), figure, numbers)
 
 
@@ -75,7 +81,7 @@ def draw_attention_rollout(
     count = len(images)
     patches = plain.shape[1] * plain.shape[2]
     maps = [plain * patches, residual * patches]  # 1: as much as every patch gets where all get the same
-    tile = 0.98 if count > 4 else 1.3
+    tile = 1.05 if count > 4 else 1.3
     width = max(1.25 + tile * count + 0.85, 5.2)
     height = 0.62 + 0.25 + 3 * tile * images.shape[2] / images.shape[3] + 0.35
     title = "Attention rollout"
@@ -90,7 +96,7 @@ def draw_attention_rollout(
         wspace=0.06,
         hspace=0.06,
     )
-    most = float(max(found.max() for found in maps))
+    most = float(np.quantile(np.stack(maps), 0.985))  # a few patches take so much that the others would look alike
     drawn = None
     for column in range(count):
         for row, name in enumerate(("image", "attention\nonly", "with the\nresidual")):
@@ -112,16 +118,16 @@ def draw_attention_rollout(
     assert drawn is not None
     bottom, tall = 0.12 / height, (height - 0.62 - 0.25 - 0.12) / height
     beside = (1.2 + tile * count + 0.12) / width
-    bar = figure.colorbar(drawn, cax=figure.add_axes((beside, bottom, 0.11 / width, tall * 2 / 3)))
+    bar = figure.colorbar(drawn, cax=figure.add_axes((beside, bottom, 0.11 / width, tall * 2 / 3)), extend="max")
     bar.set_label("Times an equal share", fontsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=QUIET)
     caption = (
         f"Attention rollout over {count} image{'s' if count > 1 else ''}. The most attended patch of an image gets on "
         f"average {_top(maps[0]):.1f} times an equal share by attention alone, and {_top(maps[1]):.1f} times with the "
         "residual connections taken into account."
     )
-    numbers = {
+    numbers: dict[str, NDArray[Any]] = {
         "images": images,
         "rollout": plain,
         "rollout_residual": residual,
@@ -141,4 +147,4 @@ def _name(label: int, predicted: int, class_names: Sequence[str] | None) -> str:
     if class_names is None:
         return ""
     name, taken = class_names[label], class_names[predicted]
-    return name if label == predicted else f"{name}\n(taken for {taken})"
+    return name if label == predicted else f"{name},\nseen as {taken}"

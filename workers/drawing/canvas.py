@@ -20,7 +20,7 @@ DPI = 150
 INK, QUIET = "#222222", "#6b6b6b"
 BLUE, ORANGE = "#0072B2", "#D55E00"
 """Of Okabe and Ito's palette, which people with any colour vision can tell apart."""
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9.0,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": INK,
@@ -66,16 +66,12 @@ def below_title(height: float) -> float:
     return 1 - 0.62 / height
 
 
-def draw_filter(axes: Axes, weights: Floats) -> None:
-    """A filter, (channels, P, P), as an image: its largest value to either side is white or black (of three channels:
-    full or no colour), and grey is 0."""
+def filter_image(weights: Floats) -> Floats:
+    """A filter, (channels, P, P), to look at, (P, P, 3) in 0 to 1: grey is 0, its value farthest from 0 is white or
+    black (of three channels: full or no colour)."""
     peak = float(np.abs(weights).max())
     image = 0.5 + 0.5 * weights / (peak if peak > 0 else 1.0)
-    if weights.shape[0] == 1:
-        axes.imshow(image[0], cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-    else:
-        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-    bare(axes)
+    return np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
 
 
 def bare(axes: Axes) -> None:
@@ -96,5 +92,5 @@ def to_png(figure: Figure) -> bytes:
 def to_npz(numbers: Mapping[str, NDArray[Any]]) -> bytes:
     """Bytes of a file for `numpy.load`."""
     out = io.BytesIO()
-    np.savez_compressed(out, **numbers)
+    np.savez_compressed(out, allow_pickle=False, **numbers)
     return out.getvalue()

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 
-from workers.drawing.canvas import Drawing, Floats, below_title, new_figure
+from workers.drawing.canvas import Drawing, Floats, new_figure
 
 MOST_TILES = 16
 """Along a side; of a larger grid every second patch has a tile, or every third."""
 _GAP = 1
+_LEFT, _SIDE, _BESIDE, _BELOW = 0.62, 4.3, 0.25, 0.52
+"""Inches: left of the tiles, their width, the space after them, and the one below."""
 
 
 def draw_position_similarity(similarity: Floats, kind: str) -> Drawing:
     """`similarity` as `vit.position_similarity` gives it, (L, rows, columns, rows, columns)."""
     layers, rows, columns = similarity.shape[:3]
     shown = sorted({0, (layers - 1) // 2, layers - 1})
-    width = 0.9 + 4.3 * len(shown) + 0.75
-    height = 0.62 + 4.3 * rows / columns + 0.65
+    walls = {layer: _wall(similarity[layer]) for layer in shown}
+    pixels_tall, pixels_wide = walls[0].shape
+    tall = max(_SIDE * pixels_tall / pixels_wide, 1.0)
+    width = _LEFT + len(shown) * (_SIDE + _BESIDE) + 0.9
+    height = 0.62 + (0.25 if layers > 1 else 0.05) + tall + _BELOW
     title = "Position-embedding similarity"
     figure = new_figure(width, height, title, _subtitle(kind, rows, columns))
-    grid = figure.add_gridspec(
-        1,
-        len(shown) + 1,
-        width_ratios=[*[4.3] * len(shown), 0.16],
-        left=0.62 / width,
-        right=1 - 0.7 / width,
-        bottom=0.52 / height,
-        top=below_title(height) - (0.15 / height if layers > 1 else 0.0),
-        wspace=0.12,
-    )
     for place, layer in enumerate(shown):
-        axes = figure.add_subplot(grid[0, place])
-        drawn = _draw_tiles(axes, similarity[layer])
+        left = _LEFT + place * (_SIDE + _BESIDE)
+        axes = figure.add_axes((left / width, _BELOW / height, _SIDE / width, tall / height))
+        drawn = _draw_tiles(axes, walls[layer], rows, columns)
         axes.set_xlabel("Column of the patch")
         if place == 0:
             axes.set_ylabel("Row of the patch")
         if layers > 1:
             axes.set_title(f"layer {layer + 1}", fontsize=9)
-    bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[0, len(shown)]), ticks=[-1, -0.5, 0, 0.5, 1])
+    beside = figure.add_axes(((width - 0.9) / width, _BELOW / height, 0.13 / width, tall / height))
+    bar = figure.colorbar(drawn, cax=beside, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.set_label("Cosine similarity")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     same_row, same_column, elsewhere = alike(similarity)
     caption = (
         f"Cosine similarity of the position embeddings ({kind}) of a grid of {rows} x {columns} patches. On average a "
@@ -64,29 +62,37 @@ def alike(similarity: Floats) -> tuple[float, float, float]:
 
 def _subtitle(kind: str, rows: int, columns: int) -> str:
     step = _step(rows, columns)
-    tiles = "Each tile is one patch" if step == 1 else f"Each tile is one patch, every {step}th in both directions"
-    what = "its offset embeddings to that of offset 0" if kind == "relative" else "its embedding to that of every patch"
-    return f"{kind}, {rows} x {columns} patches. {tiles}: the similarity of {what}."
+    which = "" if step == 1 else f" (every {step}th is shown)"
+    if kind.startswith("relative"):
+        return f"{kind}: offsets from each patch{which} against offset 0, {rows} x {columns} patches"
+    return f"{kind}: each patch{which} against all {rows} x {columns}"
 
 
 def _step(rows: int, columns: int) -> int:
     return -(-max(rows, columns) // MOST_TILES)
 
 
-def _draw_tiles(axes: Axes, similarity: Floats) -> object:
+def _wall(similarity: Floats) -> Floats:
+    """One picture of all tiles, with nothing (NaN) between them."""
     rows, columns = similarity.shape[:2]
     step = _step(rows, columns)
-    chosen_rows, chosen_columns = range(0, rows, step), range(0, columns, step)
-    mosaic = np.full((len(chosen_rows) * (rows + _GAP) - _GAP, len(chosen_columns) * (columns + _GAP) - _GAP), np.nan)
-    for down, i in enumerate(chosen_rows):
-        for right, j in enumerate(chosen_columns):
-            top, left = down * (rows + _GAP), right * (columns + _GAP)
-            mosaic[top : top + rows, left : left + columns] = similarity[i, j]
-    drawn = axes.imshow(mosaic, cmap="viridis", vmin=-1.0, vmax=1.0, interpolation="nearest")
-    axes.set_xticks([n * (columns + _GAP) + (columns - 1) / 2 for n in range(len(chosen_columns))])
-    axes.set_yticks([n * (rows + _GAP) + (rows - 1) / 2 for n in range(len(chosen_rows))])
-    axes.set_xticklabels([str(j + 1) for j in chosen_columns])
-    axes.set_yticklabels([str(i + 1) for i in chosen_rows])
+    tiles = similarity[::step, ::step]
+    down, across = tiles.shape[:2]
+    wall = np.full((down * (rows + _GAP) - _GAP, across * (columns + _GAP) - _GAP), np.nan, dtype=np.float32)
+    for i, j in np.ndindex(down, across):
+        top, left = i * (rows + _GAP), j * (columns + _GAP)
+        wall[top : top + rows, left : left + columns] = tiles[i, j]
+    return wall
+
+
+def _draw_tiles(axes: Axes, wall: Floats, rows: int, columns: int) -> AxesImage:
+    drawn = axes.imshow(wall, cmap="viridis", vmin=-1.0, vmax=1.0, interpolation="nearest")
+    step = _step(rows, columns)
+    across, down = range(0, columns, step), range(0, rows, step)
+    axes.set_xticks([n * (columns + _GAP) + (columns - 1) / 2 for n in range(len(across))])
+    axes.set_yticks([n * (rows + _GAP) + (rows - 1) / 2 for n in range(len(down))])
+    axes.set_xticklabels([str(j + 1) for j in across])
+    axes.set_yticklabels([str(i + 1) for i in down])
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
