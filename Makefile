@@ -15,6 +15,9 @@ env:  ## .venv, on top of a cached environment (see infra/env.sh)
 demo: env  ## train, fine-tune, evaluate and fetch a small ViT on real images (STAY=1: leave the server running)
 	@$(PYTHON) -m orchestrator.cli.main demo $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(STAY),--stay)
 
+pictures: env  ## train a small ViT and a small hybrid, and draw the pictures of docs/pictures.md (about 15 minutes)
+	@$(PYTHON) -m orchestrator.cli.main gallery $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(ARGS)
+
 test: env  ## the tests, for example make test ARGS='tests/vit -x'
 	$(PYTHON) -m pytest $(ARGS)
 
@@ -43,4 +46,4 @@ wheel: env  ## dist/*.whl
 clean:  ## remove what was made here (not the cached environment)
 	rm -rf .venv dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help env demo test soak gpu-check bench check lint types wheel clean
+.PHONY: help env demo pictures test soak gpu-check bench check lint types wheel clean

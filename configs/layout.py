@@ -11,6 +11,8 @@
     exports/<format>/…                      what an export job made
     tensorboard/events.out.tfevents.0003.000007   its metrics for TensorBoard: attempt and part
     report.json                             what an evaluate job found (EvaluationReport)
+    pictures/<name>.png, <name>.npz         what an inspect job drew, and its numbers
+    pictures/index.json                     written last (PictureIndex): names the files
 <prefix>uploads/<upload>/file               a weights file on its way to an import job
 <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
 """
@@ -74,6 +76,14 @@ def export_prefix(job_id: str, fmt: str) -> str:
 
 def report_key(job_id: str) -> str:
     return f"{job_prefix(job_id)}report.json"
+
+
+def pictures_prefix(job_id: str) -> str:
+    return f"{job_prefix(job_id)}pictures/"
+
+
+def picture_index_key(job_id: str) -> str:
+    return f"{pictures_prefix(job_id)}index.json"
 
 
 def tensorboard_prefix(job_id: str) -> str:

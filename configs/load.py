@@ -28,6 +28,7 @@ from configs.spec import (
     ExportJob,
     FinetuneJob,
     ImportJob,
+    InspectJob,
     JobSpec,
     PretrainJob,
     job_spec_adapter,
@@ -51,6 +52,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "pretrain": PretrainJob,
     "finetune": FinetuneJob,
     "evaluate": EvaluateJob,
+    "inspect": InspectJob,
     "export": ExportJob,
     "import": ImportJob,
 }

@@ -13,7 +13,7 @@ from configs.cost import GPUS, Gpu, macs_per_image, num_parameters
 from configs.errors import SpecError, close_matches
 from configs.planned import CheapestPlan, Plan, StagePlan
 from configs.resolve import SourceCheckpoint, num_eval_examples, resolve
-from configs.spec import EvaluateJob, ExportJob, ImportJob, JobSpec
+from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, JobSpec
 from configs.training_plan import TrainingPlanner
 from configs.wire import DatasetCard
 
@@ -30,7 +30,7 @@ def plan(
     """The plan of a job, resolved or not.
 
     Args:
-        card: of the job's data; None only for an export or import.
+        card: of the job's data; None only if it reads none.
         gpu: "H100" or "H100:8" to plan for those instead of what the job asks for.
         source: the checkpoint of `init_from`, if it is known.
         calibration: what finished jobs measured; it takes the place of assumptions.
@@ -44,6 +44,8 @@ def plan(
         return Plan(kind="import", world_size=1, notes=("Reads one file and writes its weights as a checkpoint.",))
     if isinstance(spec, EvaluateJob):
         return _plan_evaluation(resolve(spec, card, source), card, source)
+    if isinstance(spec, InspectJob):
+        return _plan_inspection(resolve(spec, card, source), source)
     assert card is not None
     device, world_size = _parse_gpu(gpu)
     return TrainingPlanner(spec, resolve(spec, card, source), card, device, world_size, calibration).plan()
@@ -83,6 +85,26 @@ def _plan_evaluation(spec: EvaluateJob, card: DatasetCard | None, source: Source
         num_examples=images,
         world_size=spec.resources.worker_range[1],
         notes=("One forward pass over the split; hours are not planned.",),
+    )
+
+
+def _plan_inspection(spec: InspectJob, source: SourceCheckpoint | None) -> Plan:
+    # resolve() has refused the job otherwise.
+    assert source is not None
+    config = source.model
+    images = 0
+    if "attention_rollout" in spec.wanted(config):
+        images = spec.num_rollout_images
+    if "attention_distance" in spec.wanted(config):
+        images = max(images, spec.num_images)
+    return Plan(
+        kind=spec.kind,
+        parameters=num_parameters(config),
+        macs=macs_per_image(config),
+        exaflops=2 * macs_per_image(config) * images / 1e18,
+        num_examples=images,
+        world_size=1,
+        notes=(f"Draws {', '.join(spec.wanted(config))}; hours are not planned.",),
     )
 
 

@@ -18,7 +18,18 @@ from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.inherit import SourceCheckpoint, grid_faults, inherit, kept_head_faults, patch_faults
 from configs.model import ModelConfig, NetworkConfig
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, PretrainJob, job_spec_adapter
+from configs.pictures import pictures_of, why_not
+from configs.spec import (
+    AnyJob,
+    EvaluateJob,
+    ExportJob,
+    FinetuneJob,
+    ImportJob,
+    InspectJob,
+    JobSpec,
+    PretrainJob,
+    job_spec_adapter,
+)
 from configs.train import Every, Schedule
 from configs.wire import DatasetCard
 
@@ -35,13 +46,15 @@ __all__ = [
     "training_fingerprint",
 ]
 
-Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob)
+Job = TypeVar("Job", bound=AnyJob)
 
 
 def data_of(spec: JobSpec, source: SourceCheckpoint | None = None) -> DataConfig | None:
-    """The data a job reads: its own, or (evaluate) that of its checkpoint. None: it reads none (export, import), or
-    unknown."""
+    """The data a job reads: its own, or (evaluate, inspect) that of its checkpoint. None: it reads none (export,
+    import, pictures of weights), or unknown."""
     if isinstance(spec, ExportJob | ImportJob):
+        return None
+    if isinstance(spec, InspectJob) and not spec.reads_images(None if source is None else source.model):
         return None
     if spec.data is not None:
         return spec.data
@@ -52,7 +65,7 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
     """The complete description of the same job.
 
     Args:
-        dataset: card of the job's data (`data_of`); None only for an export.
+        dataset: card of the job's data (`data_of`); None only if it reads none.
         source: the checkpoint named by `init_from`. None for pretrain; for a fine-tune that gives all sizes itself it
             may be None too, to plan it.
 
@@ -64,6 +77,8 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
         changes = _training(job, dataset, source)
     elif isinstance(job, EvaluateJob):
         changes = _evaluation(job, dataset, source)
+    elif isinstance(job, InspectJob):
+        changes = _inspection(job, dataset, source)
     else:
         changes = {}
     document = job.model_dump(mode="json") | changes
@@ -258,6 +273,55 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
     height, width = source.model.image_size
     image_size = spec.image_size or (height if height == width else None)
     return {"data": data.model_dump(mode="json"), "image_size": image_size}
+
+
+def _inspection(spec: InspectJob, card: DatasetCard | None, source: SourceCheckpoint | None) -> dict[str, Any]:
+    if source is None:
+        raise SpecError.at("/init_from", f"checkpoint {spec.init_from} is not known", spec.init_from)
+    faults: list[FieldError] = []
+    there = pictures_of(source.model)
+    for index, name in enumerate(spec.pictures or ()):
+        if (reason := why_not(name, source.model)) is not None:
+            faults.append(FieldError(f"/pictures/{index}", f"pictures: {name} {reason}", name, ", ".join(there)))
+    wanted = [name for name in there if name in spec.wanted(source.model)]
+    if not spec.reads_images(source.model):
+        if spec.data is not None:
+            message = f"data has no effect: {', '.join(wanted)} shows weights only and reads no images"
+            faults.append(FieldError("/data", message, spec.data.model_dump(mode="json"), "nothing"))
+        if faults:
+            raise SpecError(faults)
+        return {"pictures": wanted, "data": None}
+    data = data_of(spec, source)
+    if data is None:
+        message = f"data is missing: {source.checkpoint_id} does not say what it was trained on"
+        faults.append(FieldError("/data", message, None, "a data set; or pictures that read no images"))
+    if faults or data is None:
+        raise SpecError(faults)
+    if card is None:
+        raise SpecError.at("/data/source", "the data set is not known")
+    data = _fill_evaluation_data(data, source, faults) if spec.data is not None else data
+    counts = _image_counts(spec, data, card, faults)
+    if faults:
+        raise SpecError(faults)
+    data = data.model_copy(update={"subset": None, "augment": Augment(), "mix": None})
+    return {"pictures": wanted, "data": data.model_dump(mode="json")} | counts
+
+
+def _image_counts(spec: InspectJob, data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> dict[str, int]:
+    """How many images are looked at: what was asked for must be there, what was not is at most what there is."""
+    try:
+        available = num_eval_examples(data, card)
+    except SpecError as error:
+        faults.extend(error.errors)
+        return {}
+    counts = {}
+    for field in ("num_images", "num_rollout_images"):
+        given: int = getattr(spec, field)
+        if given > available and field in spec.model_fields_set:
+            message = f"{field} {given} is more than the {available} images of the evaluation split"
+            faults.append(FieldError(f"/{field}", message, given, f"at most {available}"))
+        counts[field] = min(given, available)
+    return counts
 
 
 def _fill_evaluation_data(data: DataConfig, source: SourceCheckpoint, faults: list[FieldError]) -> DataConfig:

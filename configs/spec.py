@@ -6,16 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
-from configs.base import Label, Positive, Strict
+from configs.base import Label, Positive, Seed, Strict
 from configs.data import DataConfig
 from configs.imports import UPLOAD_ID_PATTERN, ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat
 from configs.model import ModelConfig, NetworkConfig
+from configs.pictures import PICTURES, READ_IMAGES, PictureName, pictures_of
 from configs.probes import FewShot, Neighbours
 from configs.service import Queue, Resources, Retry
 from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Weights, Zero
 
 SPEC_SCHEMA_VERSION: Literal[1] = 1
-NOT_BUILT_KINDS = ("search", "inspect")
+NOT_BUILT_KINDS = ("search",)
 
 CheckpointRef = Annotated[
     str, StringConstraints(pattern=r"^(ckpt_[0-9A-Za-z_-]{1,80}|job_[0-9A-HJKMNP-TV-Z]{26}/(best|latest))$")
@@ -154,6 +155,43 @@ class EvaluateJob(_Job):
     neighbours: Neighbours | None = Field(None, description="Also nearest-neighbour accuracy of the features.")
 
 
+class InspectJob(_Job):
+    """Pictures of what a checkpoint has learned, each with its numbers."""
+
+    kind: Literal["inspect"]
+    init_from: CheckpointRef
+    weights: Weights = WEIGHTS
+    pictures: Annotated[tuple[PictureName, ...], Field(min_length=1, max_length=len(PICTURES))] | None = Field(
+        None, description="Left out: all that the model has."
+    )
+    data: DataConfig | None = Field(None, description="Left out: the data the checkpoint was trained on.")
+    num_images: Annotated[int, Field(ge=1, le=65536)] = Field(
+        128, description="Over which attention_distance is averaged (paper, D.7)."
+    )
+    num_rollout_images: Annotated[int, Field(ge=1, le=64)] = Field(
+        8, description="Shown in attention_rollout: the first of the chosen ones."
+    )
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
+    seed: Seed = Field(0, description="Chooses the images from the evaluation split.")
+
+    @model_validator(mode="after")
+    def _check_inspection(self) -> Self:
+        if self.resources.worker_range != (1, 1):
+            raise ValueError("resources.workers: an inspection runs on one worker")
+        if self.pictures is not None and len(set(self.pictures)) < len(self.pictures):
+            raise ValueError(f"pictures {list(self.pictures)}: a picture is named twice")
+        return self
+
+    def wanted(self, model: NetworkConfig | None) -> tuple[PictureName, ...]:
+        """The pictures that are asked for, of a model, or while it is not known."""
+        if self.pictures is not None:
+            return self.pictures
+        return PICTURES if model is None else pictures_of(model)
+
+    def reads_images(self, model: NetworkConfig | None) -> bool:
+        return not READ_IMAGES.isdisjoint(self.wanted(model))
+
+
 ExportFormat = Literal["safetensors", "timm", "transformers", "torchvision", "npz"]
 
 
@@ -199,6 +237,7 @@ class ImportJob(_Job):
         return self
 
 
-JobSpec = Annotated[PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob, Field(discriminator="kind")]
+AnyJob = PretrainJob | FinetuneJob | EvaluateJob | InspectJob | ExportJob | ImportJob
+JobSpec = Annotated[AnyJob, Field(discriminator="kind")]
 TrainingJob = PretrainJob | FinetuneJob
-job_spec_adapter: TypeAdapter[PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob] = TypeAdapter(JobSpec)
+job_spec_adapter: TypeAdapter[AnyJob] = TypeAdapter(JobSpec)

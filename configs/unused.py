@@ -11,13 +11,16 @@ from typing import Any
 
 from configs.data import Augment, DataConfig
 from configs.errors import FieldError, value_at
-from configs.spec import EvaluateJob, FinetuneJob, JobSpec, PretrainJob
+from configs.pictures import READ_IMAGES
+from configs.spec import EvaluateJob, FinetuneJob, InspectJob, JobSpec, PretrainJob
 
 
 def unused_fields(raw: Mapping[str, Any], spec: JobSpec) -> list[FieldError]:
     """The faults of `raw`, what the user wrote, that became `spec`."""
     if isinstance(spec, EvaluateJob):
-        faults = _of_evaluation(spec.data)
+        faults = _of_evaluation(spec.data, "an evaluate job")
+    elif isinstance(spec, InspectJob):
+        faults = _of_inspection(spec)
     elif isinstance(spec, PretrainJob | FinetuneJob):
         faults = _of_training(spec)
     else:
@@ -33,10 +36,10 @@ _Fault = tuple[str, str, str]
 """Field, why it has no effect, what is allowed there."""
 
 
-def _of_evaluation(data: DataConfig | None) -> Iterator[_Fault]:
+def _of_evaluation(data: DataConfig | None, job: str) -> Iterator[_Fault]:
     if data is None:
         return
-    why = "in an evaluate job: it is for training"
+    why = f"in {job}: it is for training"
     if data.subset is not None:
         yield "data.subset", why, "null"
     if data.augment != Augment():
@@ -44,8 +47,20 @@ def _of_evaluation(data: DataConfig | None) -> Iterator[_Fault]:
     if data.mix is not None:
         yield "data.mix", why, "null"
     if data.holdout is None and data.train != _default("train"):
-        yield "data.train", "in an evaluate job without data.holdout: it reads data.eval", "nothing"
+        yield "data.train", f"in {job} without data.holdout: it reads data.eval", "nothing"
     yield from _beside_holdout(data)
+
+
+def _of_inspection(spec: InspectJob) -> Iterator[_Fault]:
+    yield from _of_evaluation(spec.data, "an inspect job")
+    for field, pictures in (
+        ("num_images", {"attention_distance"}),
+        ("num_rollout_images", {"attention_rollout"}),
+        ("batch_size", READ_IMAGES),
+        ("seed", READ_IMAGES),
+    ):
+        if pictures.isdisjoint(spec.wanted(None)):
+            yield field, f"without {' or '.join(sorted(pictures))} among the pictures", "nothing"
 
 
 def _of_training(spec: PretrainJob | FinetuneJob) -> Iterator[_Fault]:

@@ -167,7 +167,16 @@ NoNul = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text that every database holds."""
 MetricName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_./-]+$")]
 Phase = Literal[
-    "starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting", "importing"
+    "starting",
+    "building",
+    "loading",
+    "training",
+    "evaluating",
+    "saving",
+    "finishing",
+    "exporting",
+    "importing",
+    "inspecting",
 ]
 
 
@@ -403,6 +412,41 @@ class EvaluationReport(Stored):
     split: str
     num_examples: int
     metrics: dict[str, float]
+    created_at: AwareDatetime
+
+
+class PictureFile(Stored):
+    name: str
+    """Relative to the job's pictures."""
+    num_bytes: int
+
+
+class Picture(Stored):
+    """A picture that an inspect job drew, and its numbers."""
+
+    name: str
+    title: str
+    caption: str
+    """What is to be seen, in words: for who does not see it."""
+    image: PictureFile
+    """A PNG."""
+    numbers: PictureFile
+    """Arrays by name, for numpy.load."""
+
+
+class PictureIndex(Stored):
+    """What an inspect job left: `pictures/index.json`, written last."""
+
+    schema_version: int = 1
+    job_id: str
+    checkpoint_id: str
+    step: int
+    dataset: str | None
+    """None: no picture shows images."""
+    split: str | None
+    sample_ids: tuple[int, ...] = ()
+    """The images that were read: their places in the split."""
+    pictures: tuple[Picture, ...]
     created_at: AwareDatetime
 
 

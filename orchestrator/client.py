@@ -41,6 +41,7 @@ from orchestrator.schemas import (
     MetricsPublic,
     PartUrl,
     PartUrls,
+    PicturePage,
     PresetPage,
     PresetPublic,
     Readiness,
@@ -189,6 +190,14 @@ class Jobs:
     def card(self, job_id: str) -> JobCard:
         """The run on one page: description, versions, data, seeds, curves, evaluations, cost, how to reproduce it."""
         return self._connection.get(JobCard, f"/v1/jobs/{job_id}/card")
+
+    def pictures(self, job_id: str) -> PicturePage:
+        """What an inspect job drew: titles, captions, and the names of the files."""
+        return self._connection.get(PicturePage, f"/v1/jobs/{job_id}/pictures")
+
+    def write_picture(self, job_id: str, name: str, out: BinaryIO) -> int:
+        """Write a file of `pictures`, a PNG or the arrays behind it, into `out`. Returns the number of bytes."""
+        return self._connection.download(f"/v1/jobs/{job_id}/pictures/{name}", {}, out)
 
     def exports(self, job_id: str) -> ExportPage:
         return self._connection.get(ExportPage, f"/v1/jobs/{job_id}/exports")

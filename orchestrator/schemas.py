@@ -14,7 +14,7 @@ from configs.base import Label, Slug, Stored, Strict
 from configs.imports import ImportModel, ImportPreprocess, Origin, Sha256, WeightFormat, WeightOrigin
 from configs.model import NetworkConfig
 from configs.states import JobState
-from configs.wire import DatasetCard, EvaluationReport, LogLine, Preprocess, RankFailure
+from configs.wire import DatasetCard, EvaluationReport, LogLine, Picture, Preprocess, RankFailure
 
 if TYPE_CHECKING:
     import pandas
@@ -288,6 +288,13 @@ class ExportPublic(Stored):
 
 class ExportPage(Stored):
     items: tuple[ExportPublic, ...]
+
+
+class PicturePage(Stored):
+    """What an inspect job drew."""
+
+    checkpoint_id: str | None = Field(description="The checkpoint that was looked at; null: nothing is drawn (yet).")
+    items: tuple[Picture, ...] = Field(description="Each with a PNG and its numbers, files of GET .../pictures/{name}.")
 
 
 # -- weights from elsewhere ----------------------------------------------------------------------

@@ -53,9 +53,23 @@ class Attention(nn.Module):
 
     def _relative_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: RelativePositions) -> Tensor:
         """Written out: fused kernels take no additional logits that are trained, or keep them as well."""
-        extra = F.pad(positions(q[:, :, self.num_prefix :]), (self.num_prefix, 0, self.num_prefix, 0))
-        logits = (q @ k.transpose(2, 3) + extra) / math.sqrt(q.shape[3])  # (B, H, N, N)
+        logits = (q @ k.transpose(2, 3) + self._offset_logits(q, positions)) / math.sqrt(q.shape[3])  # (B, H, N, N)
         return logits.softmax(dim=3, dtype=torch.float32).to(v.dtype) @ v
+
+    def _offset_logits(self, q: Tensor, positions: RelativePositions) -> Tensor:
+        """(B, H, N, N); 0 for pairs with a prefix token."""
+        return F.pad(positions(q[:, :, self.num_prefix :]), (self.num_prefix, 0, self.num_prefix, 0))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The softmax weights that `forward` applies to the values, fp32 (B, H, N, N): each query's row sums to 1. To
+        look at: nothing here is fused."""
+        batch, tokens, _ = x.shape
+        q, k, _ = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)  # 2 x (B, H, N, K)
+        logits = q @ k.transpose(2, 3)
+        if self.pos_embed is not None:
+            logits = logits + self._offset_logits(q, self.pos_embed)
+        return (logits / math.sqrt(q.shape[3])).softmax(dim=3, dtype=torch.float32)
 
     def init_weights(self, generator: torch.Generator) -> None:
         for kernel in self.qkv.weight.chunk(3):
@@ -177,6 +191,12 @@ class AttentionPool(nn.Module):
         x = F.scaled_dot_product_attention(q.expand(batch, -1, -1, -1), k, v)  # (B, H, 1, K)
         x = self.proj(x.transpose(1, 2).reshape(batch, embed_dim))
         return x + self.mlp(self.norm(x))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The softmax weights of the learned query on the patches, fp32 (B, H, 1, N - P)."""
+        q = self.q(self.latent).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (1, H, 1, K)
+        k = self.kv(x).chunk(2, dim=2)[0].unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N - P, K)
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3, dtype=torch.float32)
 
     def init_weights(self, generator: torch.Generator) -> None:
         xavier_uniform_(self.latent[0], generator)

@@ -29,7 +29,7 @@ from configs.lineage import batch_number, join_skips
 from configs.model import NetworkConfig
 from configs.reasons import ExitReason
 from configs.resolve import load_resolved
-from configs.spec import EvaluateJob, ExportJob, ImportJob, TrainingJob
+from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, TrainingJob
 from configs.states import Desired
 from configs.wire import AttemptFile, CheckpointSource, EvaluationReport, ParentCut, Phase, Preprocess
 from vit.transfer import resize_weights, transfer_weights
@@ -59,7 +59,7 @@ log = structlog.get_logger(__name__)
 def run_rank(
     attempt: AttemptFile, ranks: Ranks, reporter: Reporter, store: ObjectStore, data_root: Path | None
 ) -> RankOutcome:
-    """Do this rank's part of an attempt: train, evaluate, export or import. Never raises: failures are outcomes."""
+    """Do this rank's part of an attempt, of a job of any kind. Never raises: failures are outcomes."""
     steps = _LastStep(reporter)
     try:
         spec = load_resolved(attempt.spec)
@@ -68,6 +68,8 @@ def run_rank(
             torch.set_num_threads(spec.resources.cpus_per_worker)
         if isinstance(spec, EvaluateJob):
             return _evaluate(attempt, spec, ranks, steps, store, data_root)
+        if isinstance(spec, InspectJob):
+            return _inspect(attempt, spec, ranks, steps, store, data_root)
         if isinstance(spec, ExportJob):
             return _export(attempt, spec, ranks, steps, store)
         if isinstance(spec, ImportJob):
@@ -293,6 +295,26 @@ def _evaluate(
             reporter.metric(name, manifest.step, value)
     reporter.heartbeat("finishing", num_batches)
     return RankOutcome(ExitReason.COMPLETED, "", num_batches)
+
+
+def _inspect(
+    attempt: AttemptFile,
+    spec: InspectJob,
+    ranks: Ranks,
+    reporter: Reporter,
+    store: ObjectStore,
+    data_root: Path | None,
+) -> RankOutcome:
+    # Here, not above: no other job should wait for matplotlib.
+    from workers.inspection import inspect_checkpoint
+
+    reporter.heartbeat("loading", 0)
+    state, manifest = read_weights(store, _source(attempt).prefix, spec.weights)
+    model = vit.build(manifest.model)
+    model.load_state_dict(state)
+    return inspect_checkpoint(
+        attempt, spec, model, manifest, ranks, reporter, store, data_root, on_corrupt=_tell(reporter)
+    )
 
 
 def _export(attempt: AttemptFile, spec: ExportJob, ranks: Ranks, reporter: Reporter, store: ObjectStore) -> RankOutcome:

@@ -52,6 +52,17 @@ EXPORT: dict[str, Any] = {
     }
 }
 
+INSPECT: dict[str, Any] = {
+    "spec": {
+        "kind": "inspect",
+        "name": "fashion-small-pictures",
+        "init_from": "job_01JD3Q8Z6M0000000000000000/best",
+        "pictures": ["position_similarity", "attention_distance"],
+        "num_images": 128,
+        "resources": {"gpus_per_worker": 0},
+    }
+}
+
 DATASET: dict[str, Any] = {"name": "flowers", "path": "flowers"}
 TOKEN: dict[str, Any] = {"name": "ci", "role": "member", "expires_in_s": 2592000}
 

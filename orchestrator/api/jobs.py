@@ -22,7 +22,7 @@ from orchestrator.api.deps import (
     Viewer,
     body_schema,
 )
-from orchestrator.api.examples import EXPORT, FINETUNE, PRETRAIN
+from orchestrator.api.examples import EXPORT, FINETUNE, INSPECT, PRETRAIN
 from orchestrator.schemas import JobCreate, JobPage, JobPreview, JobPublic, PlanCreate
 from orchestrator.services import jobs, submission
 from orchestrator.services.idempotency import key_for
@@ -31,7 +31,9 @@ from orchestrator.services.problems import declares
 router = APIRouter(prefix="/v1", tags=["jobs"])
 IfMatch = Annotated[str | None, Header(max_length=200, description="Act only on this version (a job's etag).")]
 _SUBMIT_BODY = body_schema(
-    JobCreate, yaml=True, examples={"pretrain": PRETRAIN, "finetune": FINETUNE, "export": EXPORT}
+    JobCreate,
+    yaml=True,
+    examples={"pretrain": PRETRAIN, "finetune": FINETUNE, "inspect": INSPECT, "export": EXPORT},
 )
 _PLAN_BODY = body_schema(PlanCreate, yaml=True, examples={"pretrain": {**PRETRAIN, "gpu": "H100:8"}})
 

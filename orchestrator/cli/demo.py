@@ -43,7 +43,7 @@ class DemoError(PatchworkError):
 
 
 @dataclass
-class _Record:
+class Record:
     """What the demo found out, for its last table."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def demo(
     stay: Annotated[bool, typer.Option("--stay", help="Leave the stack running at the end.")] = False,
 ) -> None:
     """Train, fine-tune, evaluate and fetch a small ViT on real images: the whole road, about five minutes."""
-    out, record = output.console(), _Record()
+    out, record = output.console(), Record()
     directory = DataDir(folder / "stack")
     running = directory.running()
     if running is not None:
@@ -83,7 +83,7 @@ def demo(
     with record.phase("softmax baseline", out):
         baseline = _run_worker("baseline", root)
         out.print(f"A linear model on pixels: {output.percent(baseline['top1'])} in {baseline['seconds']:.1f} s.")
-    with _stack(directory, root, stay, record, out) as client:
+    with running_stack(directory, root, stay, record, out) as client:
         with record.phase("pretrain", out):
             pretrained = _train(client, {"preset": PRETRAIN}, out)
         with record.phase("finetune", out):
@@ -178,7 +178,7 @@ def _run_worker(what: str, root: Path, *options: str) -> dict[str, Any]:
 
 # -- the road ----------------------------------------------------------------------------------------------------------
 @contextmanager
-def _stack(directory: DataDir, root: Path, stay: bool, record: _Record, out: Console) -> Iterator[Client]:
+def running_stack(directory: DataDir, root: Path, stay: bool, record: Record, out: Console) -> Iterator[Client]:
     """A running stack; gone afterwards, unless it is to stay."""
     cpus = max(2, os.cpu_count() or 2)
     with record.phase("start the stack", out):
@@ -259,7 +259,7 @@ def _fetch_and_classify(client: Client, job: JobPublic, folder: Path, root: Path
 # -- the result --------------------------------------------------------------------------------------------------------
 def _print_result(
     out: Console,
-    record: _Record,
+    record: Record,
     baseline: float,
     top1: dict[str, float],
     jobs: tuple[JobPublic, JobPublic],

@@ -99,7 +99,7 @@ def submit(
 def list_jobs(
     ctx: typer.Context,
     state: Annotated[list[str] | None, typer.Option("--state", help="Only in this state; may be repeated.")] = None,
-    kind: Annotated[str | None, typer.Option("--kind", help="pretrain, finetune, evaluate or export.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="pretrain, finetune, evaluate, inspect or export.")] = None,
     project: Annotated[str | None, typer.Option("--project")] = None,
     name: Annotated[str | None, typer.Option("--name", help="A part of the name.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", help="key=value; may be repeated.")] = None,

@@ -15,7 +15,9 @@ from orchestrator.cli import (
     convert,
     demo,
     finetune,
+    gallery,
     imports,
+    inspect,
     jobs,
     output,
     plan,
@@ -67,6 +69,7 @@ for command, panel in (
     (telemetry.metrics, _LOOK),
     (telemetry.events, _LOOK),
     (report.report, _LOOK),
+    (inspect.inspect, _LOOK),
     (plan.plan, _PLAN),
     (plan.presets, _PLAN),
     (train.train, _PLAN),
@@ -80,6 +83,8 @@ for command, panel in (
     app.command(named, rich_help_panel=panel)(command)
 # For `make demo`: it wants a folder it may empty.
 app.command("demo", hidden=True)(demo.demo)
+# For `make pictures`, likewise.
+app.command("gallery", hidden=True)(gallery.gallery)
 app.add_typer(imports.checkpoints_app, name="checkpoints", rich_help_panel=_LOOK)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)
 app.add_typer(admin.tokens_app, name="tokens", rich_help_panel=_SERVER)

@@ -23,7 +23,7 @@ from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, PretrainJob
 from configs.states import JobState
 from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
@@ -219,11 +219,11 @@ def _look_up(
             "/kind",
             "an import begins with its file: POST /v1/checkpoints:import, or `patchwork import`",
             "import",
-            "pretrain, finetune, evaluate, export",
+            "pretrain, finetune, evaluate, inspect, export",
         )
     faults: list[FieldError] = []
     source, init_from = None, None
-    if isinstance(spec, FinetuneJob | EvaluateJob | ExportJob):
+    if isinstance(spec, FinetuneJob | EvaluateJob | InspectJob | ExportJob):
         reference = spec.init_from
         unneeded = for_plan and isinstance(spec, FinetuneJob) and spec.model.has_sizes
         found = _collect(
@@ -304,7 +304,7 @@ def _row(request: Request, prepared: Prepared) -> JobRow:
         init_from=prepared.init_from,
         plan=prepared.plan.model_dump(mode="json"),
         priority=spec.queue.priority,
-        total_steps=None if isinstance(spec, EvaluateJob | ExportJob | ImportJob) else spec.schedule.total_steps,
+        total_steps=spec.schedule.total_steps if isinstance(spec, PretrainJob | FinetuneJob) else None,
     )
 
 

@@ -95,7 +95,7 @@ def test_a_valid_job_parses() -> None:
         ("schema_version", 2, "/schema_version", ["2", "1"]),
         ("kind", "search", "/kind", ["not available yet"]),
         ("kind", "pretrian", "/kind", ["pretrian", "Did you mean pretrain"]),
-        ("kind", ["pretrain"], "/kind", ["pretrain, finetune, evaluate, export"]),
+        ("kind", ["pretrain"], "/kind", ["pretrain, finetune, evaluate, inspect, export"]),
         ("init_from", "ckpt_x", "/init_from", ["unknown field"]),
     ],
 )

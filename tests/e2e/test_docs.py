@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from configs.load import list_presets, parse_spec
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, PretrainJob
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, InspectJob, PretrainJob
 from orchestrator.cli.main import run
 from orchestrator.settings import Settings
 from workers.node import NodeSettings
@@ -53,7 +53,7 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize(("name", "block"), blocks("yaml"))
 def test_job_descriptions_are_valid(name: str, block: str) -> None:
-    assert parse_spec(yaml.safe_load(block)).kind in ("pretrain", "finetune", "evaluate", "export"), name
+    assert parse_spec(yaml.safe_load(block)).kind in ("pretrain", "finetune", "evaluate", "inspect", "export"), name
 
 
 @pytest.mark.parametrize(("name", "block"), blocks("python"))
@@ -84,7 +84,7 @@ def fields(model: type[BaseModel]) -> set[str]:
 
 def test_every_field_of_a_job_is_documented() -> None:
     text = TEXTS["docs/jobs.md"]
-    for model in (PretrainJob, FinetuneJob, EvaluateJob, ExportJob):
+    for model in (PretrainJob, FinetuneJob, EvaluateJob, InspectJob, ExportJob):
         missing = {field for field in fields(model) if not re.search(rf"\b{field}\b", text)}
         assert not missing
 

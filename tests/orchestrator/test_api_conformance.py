@@ -34,6 +34,7 @@ from orchestrator.storage.db import Database
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.conftest import ADMIN_TOKEN, WORKER_SECRET
 from tests.orchestrator.rows import MODEL, PREPROCESS, add_attempt, add_checkpoint, add_log_chunk, move, submit
+from tests.orchestrator.test_api_pictures import leave_pictures
 
 SEED = 20261122
 CHECKS = (
@@ -88,6 +89,7 @@ def known(api: TestClient, db: Database, store: MemoryStore) -> Known:
         created_at=_ago(1),
     )
     store.put(report_key(ended), report.model_dump_json().encode())
+    leave_pictures(store, ended, "patch_filters")
     upload = api.post("/v1/checkpoints:import", json={"file": "a.npz", "num_bytes": 9, "sha256": "0" * 64}).json()["id"]
     return Known(
         ended_job={
@@ -101,6 +103,7 @@ def known(api: TestClient, db: Database, store: MemoryStore) -> Known:
         names={
             "get_checkpoint_file": {"name": SHARD},
             "get_export_file": {"name": "model.safetensors"},
+            "get_picture": {"name": "patch_filters.png"},
             "get_preset": {"name": list_presets()[0].name},
             "get_dataset": {"name": "fashion_mnist"},
         },

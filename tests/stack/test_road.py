@@ -1,12 +1,14 @@
-"""The whole road on real parts: pre-train, fine-tune, evaluate, export, fetch, load, classify."""
+"""The whole road on real parts: pre-train, fine-tune, evaluate, export, inspect, fetch, load, classify."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vit
 from orchestrator.client import Client
@@ -50,6 +52,15 @@ def test_from_images_to_a_model_in_the_users_hands(client: Client, tmp_path: Pat
     export = client.jobs.create(
         {"kind": "export", "init_from": f"{finetune.id}/latest", "resources": {"gpus_per_worker": 0}, "format": "timm"}
     )
+    inspection = client.jobs.create(
+        {
+            "kind": "inspect",
+            "init_from": f"{finetune.id}/latest",
+            "num_images": 16,
+            "num_rollout_images": 2,
+            "resources": {"gpus_per_worker": 0},
+        }
+    )
     reports = []
     for evaluation in evaluations:
         finished(client, evaluation.id)
@@ -61,6 +72,21 @@ def test_from_images_to_a_model_in_the_users_hands(client: Client, tmp_path: Pat
     finished(client, export.id)
     (exported,) = client.jobs.exports(export.id).items
     assert {file.name for file in exported.files} >= {"model.safetensors", "config.json"}
+
+    finished(client, inspection.id)
+    pictures = {picture.name: picture for picture in client.jobs.pictures(inspection.id).items}
+    assert list(pictures) == ["patch_filters", "position_similarity", "attention_distance", "attention_rollout"]
+    for picture in pictures.values():
+        image = io.BytesIO()
+        assert client.jobs.write_picture(inspection.id, picture.image.name, image) == picture.image.num_bytes
+        assert Image.open(image).format == "PNG"
+    numbers = io.BytesIO()
+    client.jobs.write_picture(inspection.id, pictures["attention_distance"].numbers.name, numbers)
+    numbers.seek(0)
+    distances = np.load(numbers, allow_pickle=False)["distance"]
+    assert distances.shape == (2, 2)
+    assert ((distances > 0) & (distances < 42)).all()
+    assert [e.data["name"] for e in client.jobs.events(inspection.id) if e.type == "picture.drawn"] == list(pictures)
 
     fetched = fetch(client, f"{finetune.id}/best", tmp_path / "model")
     model = vit.load(fetched.folder)
