@@ -17,7 +17,7 @@ from configs.data import Augment, DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.inherit import SourceCheckpoint, grid_faults, inherit, kept_head_faults, patch_faults
-from configs.model import ModelConfig, NetworkConfig
+from configs.model import ModelConfig, NetworkConfig, num_colours
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, PretrainJob, job_spec_adapter
 from configs.train import Every, Schedule
 from configs.wire import DatasetCard
@@ -66,6 +66,8 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
         changes = _evaluation(job, dataset, source)
     else:
         changes = {}
+        if isinstance(job, ExportJob) and source is not None and job.format != "safetensors":
+            _refuse_without_classifier("/format", f"format {job.format}", job.format, source, "safetensors")
     document = job.model_dump(mode="json") | changes
     try:
         # Validated afresh: what was filled in has to obey the same rules.
@@ -84,7 +86,10 @@ def _training(
     model = spec.model.model_dump(mode="json")
     if isinstance(spec, FinetuneJob):
         model |= inherit(spec.model, source, spec.keep_head, faults)
-    model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
+    if spec.train.objective == "masked_patch":
+        model |= {"head": "masked_patch", "num_classes": _num_colours(spec.model, faults)}
+    else:
+        model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
     if isinstance(spec, FinetuneJob) and spec.keep_head and source is not None:
         faults.extend(kept_head_faults(source, card))
     data = _fill_data(spec.data, source)
@@ -127,6 +132,17 @@ def _num_classes(given: int | None, card: DatasetCard, faults: list[FieldError])
             )
         )
     return card.num_classes
+
+
+def _num_colours(model: ModelConfig, faults: list[FieldError]) -> int:
+    colours = num_colours(model.in_channels)
+    if model.num_classes not in (None, colours):
+        message = (
+            f"model.num_classes {model.num_classes}: train.objective masked_patch tells {colours} colours of "
+            f"{model.in_channels} channels apart"
+        )
+        faults.append(FieldError("/model/num_classes", message, model.num_classes, str(colours)))
+    return colours
 
 
 def _fill_data(data: DataConfig, source: SourceCheckpoint | None) -> DataConfig:
@@ -235,7 +251,12 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
     if spec.image_size is not None:
         faults.extend(patch_faults("image_size", (spec.image_size, spec.image_size), source.model))
         faults.extend(grid_faults("image_size", (spec.image_size, spec.image_size), source.model))
-    if card.num_classes != source.model.num_classes:
+    if not source.model.has_classifier:
+        if spec.few_shot is None and spec.neighbours is None:
+            what = f"accuracy of {spec.init_from}"
+            allowed = "a checkpoint with a classifier, or few_shot or neighbours, which look at features"
+            _refuse_without_classifier("/init_from", what, spec.init_from, source, allowed)
+    elif card.num_classes != source.model.num_classes:
         faults.append(
             FieldError(
                 "/data/source",
@@ -258,6 +279,19 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
     height, width = source.model.image_size
     image_size = spec.image_size or (height if height == width else None)
     return {"data": data.model_dump(mode="json"), "image_size": image_size}
+
+
+def _refuse_without_classifier(
+    pointer: str, what: str, value: object, source: SourceCheckpoint, allowed: str | None
+) -> None:
+    if not source.model.has_classifier:
+        raise SpecError.at(
+            pointer,
+            f"{what}: checkpoint {source.checkpoint_id} was pre-trained with train.objective masked_patch and has no "
+            "classifier; fine-tune it first",
+            value,
+            allowed,
+        )
 
 
 def _fill_evaluation_data(data: DataConfig, source: SourceCheckpoint, faults: list[FieldError]) -> DataConfig:

@@ -102,11 +102,42 @@ class _TrainingJob(_Job):
                 raise ValueError(f"data.{field} has {count} values, model.in_channels is {self.model.in_channels}")
         return self
 
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.train.objective == "masked_patch":
+            _check_masked_patch(self)
+        elif self.model.head == "masked_patch":
+            raise ValueError("model.head masked_patch goes with train.objective masked_patch only")
+        return self
+
     @property
     def allowed_world_sizes(self) -> tuple[int, ...]:
         """Worker counts this job may run on: those in its range that divide the global batch."""
         low, high = self.resources.worker_range
         return tuple(n for n in range(low, high + 1) if self.train.global_batch_size % n == 0)
+
+
+def _check_masked_patch(job: _TrainingJob) -> None:
+    """Refuse what masked patch prediction has no use for. Raises ValueError."""
+    if job.model.resnet is not None:
+        raise ValueError("train.objective masked_patch does not apply to a ResNet (model.resnet), which has no patches")
+    allowed: dict[str, tuple[object, tuple[object, ...]]] = {
+        "model.head": (job.model.head, ("linear", "masked_patch")),
+        "model.head_bias_init": (job.model.head_bias_init, (0.0,)),
+        "model.pool": (job.model.pool, ("cls", "gap")),
+        "train.loss": (job.train.loss, ("softmax",)),
+        "train.label_smoothing": (job.train.label_smoothing, (0.0,)),
+        "data.mix": (job.data.mix, (None,)),
+        "optim.train": (job.optim.train, ("all",)),
+    }
+    for field, (given, fitting) in allowed.items():
+        if given not in fitting:
+            expected = "left out" if fitting == (None,) else " or ".join(map(str, fitting))
+            raise ValueError(f"{field} {given} does not apply to train.objective masked_patch: expected {expected}")
+    if job.model.has_sizes and job.model.num_patches < 2:
+        raise ValueError(
+            f"train.objective masked_patch needs at least 2 patches, model.image_size {job.model.image_size} gives 1"
+        )
 
 
 class PretrainJob(_TrainingJob):
@@ -135,6 +166,12 @@ class FinetuneJob(_TrainingJob):
     def _head_is_zero(self) -> Self:
         if self.model.head_bias_init != 0.0:
             raise ValueError("model.head_bias_init applies to pretrain jobs only: a fine-tuning head starts at zero")
+        return self
+
+    @model_validator(mode="after")
+    def _learns_classes(self) -> Self:
+        if self.train.objective != "classification":
+            raise ValueError(f"train.objective {self.train.objective} applies to pretrain jobs only")
         return self
 
 

@@ -41,7 +41,7 @@ from workers.data.open import OpenedData, open_data
 from workers.distributed import Ranks
 from workers.ema import WeightAverage
 from workers.engine import DeepSpeedEngine, build_engine
-from workers.evaluate import evaluate
+from workers.evaluate import evaluate, evaluate_masked
 from workers.export import export_weights
 from workers.import_weights import import_weights
 from workers.loop import Evaluate, train
@@ -159,7 +159,11 @@ def _measurer(
             assert average is not None, "the spec asks for train.ema_decay"
             averaged = average.in_place()
         with averaged, engine.evaluating():
-            measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
+            if spec.train.objective == "masked_patch":
+                forward = partial(_forward_corrupted, engine)
+                measured = evaluate_masked(forward, eval_loader, spec.data, spec.model.stride, ranks, keep_going)
+            else:
+                measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
             if measured is None or few_shot is None:
                 return measured
             assert opened.train is not None
@@ -178,6 +182,10 @@ def _measurer(
             return None if probed is None else measured | probed
 
     return measure
+
+
+def _forward_corrupted(engine: DeepSpeedEngine, images: Tensor, sources: Tensor) -> Tensor:
+    return engine.forward(images, sources=sources)
 
 
 def _eval_loaders(
@@ -260,7 +268,9 @@ def _evaluate(
     reporter.heartbeat("evaluating", 0)
     autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
     with torch.inference_mode(), autocast:
-        metrics = evaluate(model, make_loader(opened.eval), spec.data, "softmax", ranks, keep_going)
+        metrics: dict[str, float] | None = {"eval/num_examples": float(len(opened.eval))}
+        if config.has_classifier:
+            metrics = evaluate(model, make_loader(opened.eval), spec.data, "softmax", ranks, keep_going)
         if metrics is not None and opened.train is not None:
             probed = probe(
                 partial(model, representation=True),
@@ -329,7 +339,7 @@ def _open(
     eval_only: bool,
 ) -> OpenedData:
     assert attempt.dataset is not None, "an attempt that reads data names its data set"
-    if attempt.dataset.num_classes > config.num_classes:
+    if config.has_classifier and attempt.dataset.num_classes > config.num_classes:
         raise JobError(
             f"model.num_classes {config.num_classes}: data set {attempt.dataset.name} has {attempt.dataset.num_classes}"
         )
