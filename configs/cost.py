@@ -262,10 +262,12 @@ def _saved_by_map_head(config: VitConfig, width: int) -> int:
 
 
 def _saved_by_patch_head(config: VitConfig, width: int) -> int:
-    """Of masked patch prediction: what the head reads of every patch, two int64 numbers of each (where its embedding
-    came from, which are corrupted), and the log-softmax of the corrupted half in fp32."""
+    """Of masked patch prediction: the patches' embeddings before some take another's place, what the head reads of
+    every patch and its logits, where each embedding came from (int64, and whether it is the [mask]), which patches are
+    corrupted (int64), and the log-softmax of the corrupted half in fp32."""
     patches = num_patches(config)
-    return patches * (width * config.embed_dim + 16) + FP32 * config.num_classes * (patches // 2)
+    whole = patches * (FP32 * config.embed_dim + width * (config.embed_dim + config.num_classes) + 17)
+    return whole + FP32 * config.num_classes * (patches // 2)
 
 
 def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:

@@ -422,7 +422,7 @@ def _check_positions(config: ModelConfig | VitConfig) -> None:
 
 def num_colours(in_channels: int) -> int:
     """The mean colours that masked patch prediction tells apart: 512 of three channels."""
-    return NUM_LEVELS**in_channels
+    return int(NUM_LEVELS**in_channels)
 
 
 def _check_masked_patch(config: VitConfig) -> None:

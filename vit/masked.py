@@ -42,13 +42,18 @@ def draw_corruption(
     """
     if num_patches < 2:
         raise ValueError(f"masked patch prediction needs at least 2 patches, got {num_patches}")
-    num_chosen = num_patches // 2
-    keys = torch.rand(num_images, num_patches, device=device, generator=generator)
-    chosen = keys.argsort(dim=1)[:, :num_chosen]  # (B, M)
-    fate = torch.rand(num_images, num_chosen, device=device, generator=generator)
-    shift = torch.randint(1, num_patches, (num_images, num_chosen), device=device, generator=generator)
-    other = (chosen + shift) % num_patches
-    replaced = torch.where(fate < MASKED, num_patches, torch.where(fate < MASKED + OTHER, other, chosen))
+
+    def draw(count: int) -> Tensor:
+        return torch.rand(num_images, count, device=device, generator=generator)
+
+    chosen = draw(num_patches).argsort(dim=1)[:, : num_patches // 2]  # (B, M)
+    # The other of a patch is the next one on a random circle: any other patch, but no patch is that of two places. Its
+    # gradient is then a sum of two at most, which has no order: it is the same in every run, on a GPU too.
+    circle = draw(num_patches).argsort(dim=1)
+    other = torch.empty_like(circle).scatter_(1, circle, circle.roll(-1, dims=1))  # (B, n)
+    fate = draw(chosen.shape[1])
+    kept_or_other = torch.where(fate < MASKED + OTHER, other.gather(1, chosen), chosen)
+    replaced = torch.where(fate < MASKED, num_patches, kept_or_other)
     places = torch.arange(num_patches, device=device).expand(num_images, -1)
     return Corruption(places.scatter(1, chosen, replaced), chosen)
 

@@ -176,8 +176,9 @@ class ViT(nn.Module):
         x = x.float() if x.dtype is torch.bfloat16 else x
         if sources is not None:
             assert self.mask_token is not None, "only head masked_patch is trained on corrupted patches"
-            known = torch.cat([x, self.mask_token.expand(x.shape[0], -1, -1)], dim=1)  # (B, N - P + 1, D)
-            x = known.gather(1, sources.unsqueeze(2).expand(-1, -1, x.shape[2]))
+            patches = x.shape[1]
+            placed = x.gather(1, sources.clamp(max=patches - 1).unsqueeze(2).expand_as(x))
+            x = torch.where((sources == patches).unsqueeze(2), self.mask_token, placed)  # (B, N - P, D)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1) if prefix else x  # (B, N, D)
         return self.dropout(add_positions(x, self.pos_embed))

@@ -170,7 +170,8 @@ def _predict_masked(engine: Engine, pixels: Tensor, images: Tensor, stride: int)
     """Loss and accuracy of masked patch prediction on a micro-batch, whose corruption is drawn from torch's generators,
     as dropout is."""
     colours = mean_colours(pixels, stride)
-    corruption = draw_corruption(*colours.shape, device=images.device)
+    num_images, num_patches = colours.shape
+    corruption = draw_corruption(num_images, num_patches, images.device)
     return masked_patch_loss(engine.forward(images, sources=corruption.sources), colours, corruption.chosen)
 
 

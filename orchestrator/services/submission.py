@@ -22,6 +22,7 @@ from configs.errors import FieldError, SpecError, close_matches, to_pointer
 from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
+from configs.probe_cards import fill_probes
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec
 from configs.states import JobState
@@ -237,10 +238,11 @@ def _look_up(
     if for_plan:
         known = {**PLANNING_CARDS, **known}
     card = None if data is None else _collect(faults, lambda: card_for(data.source, known))
+    filled = _collect(faults, lambda: fill_probes(spec, known))
     _collect(faults, lambda: _check_dependencies(session, spec))
-    if faults:
+    if faults or filled is None:
         raise SpecError(faults)
-    return spec, card, source, init_from
+    return filled, card, source, init_from
 
 
 def _parse(request: Request, *, for_plan: bool) -> JobSpec:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vit
@@ -40,7 +41,11 @@ def test_half_of_the_patches_are_corrupted_in_the_papers_shares() -> None:
     assert [float(share.float().mean()) for share in shares] == pytest.approx([0.8, 0.1, 0.1], abs=0.005)
     counts = torch.bincount(chosen.flatten(), minlength=49).float() / 4000
     assert counts.numpy() == pytest.approx(24 / 49, abs=0.04), "every place is chosen as often"
-    others = taken[(taken != 49) & (taken != chosen)]
+    is_other = (taken != 49) & (taken != chosen)
+    for image in range(200):
+        once = taken[image][is_other[image]].tolist()
+        assert len(set(once)) == len(once), "no patch takes two places beside its own"
+    others = taken[is_other]
     assert torch.bincount(others, minlength=49).min() > 0.6 * len(others) / 49
 
 
@@ -118,7 +123,8 @@ def test_costs_are_those_of_the_model(make_config: MakeConfig, fields: dict[str,
     model = vit.build(config)
     assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
     images = torch.randn(1, config.in_channels, 16, 16)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Fused attention is no matrix product to the counter.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images, sources=torch.arange(16)[None])
     assert counter.get_total_flops() == 2 * macs_per_image(config)
 
