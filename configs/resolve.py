@@ -272,13 +272,26 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
         num_eval_examples(data, card)
     except SpecError as error:
         faults.extend(error.errors)
+    if spec.real_labels is not None:
+        faults.extend(_real_label_faults(spec.real_labels, data, source))
     if faults:
         raise SpecError(faults)
     # What was only for training (the checkpoint's own data says it too) is no part of an evaluation.
-    data = data.model_copy(update={"subset": None, "augment": Augment(), "mix": None})
+    is_held_out_of_it = data.holdout is not None and data.holdout.of == "subset"
+    subset = data.subset if is_held_out_of_it else None
+    data = data.model_copy(update={"subset": subset, "augment": Augment(), "mix": None})
     height, width = source.model.image_size
     image_size = spec.image_size or (height if height == width else None)
     return {"data": data.model_dump(mode="json"), "image_size": image_size}
+
+
+def _real_label_faults(path: str, data: DataConfig, source: SourceCheckpoint) -> list[FieldError]:
+    why = None
+    if data.holdout is not None:
+        why = "the checkpoint's data has a holdout: name data without one, the file is about the images of a split"
+    elif not source.model.has_classifier:
+        why = f"checkpoint {source.checkpoint_id} has no classifier"
+    return [] if why is None else [FieldError("/real_labels", f"real_labels does not apply: {why}", path, "nothing")]
 
 
 def _refuse_without_classifier(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, model_validator
 
 from configs.base import Label, Positive, Strict
 from configs.data import DataConfig
@@ -22,6 +23,18 @@ CheckpointRef = Annotated[
 ]
 """A checkpoint by id (`ckpt_…`), or a job's best or latest one (`job_…/best`)."""
 
+
+def _inside(path: str) -> str:
+    """Raises ValueError if a path could lead out of where it is looked for."""
+    if path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"expected a path below the data root, without '..', got {path!r}")
+    return path
+
+
+DataPath = Annotated[
+    str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(_inside)
+]
+"""A file below the nodes' data root."""
 
 WEIGHTS: Weights = Field("raw", description="Which weights of the checkpoint: its own, or their moving average.")
 
@@ -189,6 +202,15 @@ class EvaluateJob(_Job):
         None, description="Also few-shot accuracy of the features (data.train, data.eval)."
     )
     neighbours: Neighbours | None = Field(None, description="Also nearest-neighbour accuracy of the features.")
+    real_labels: DataPath | None = Field(
+        None, description="Also accuracy by reassessed labels (ReaL): a file like real.json, under the data root."
+    )
+
+    @model_validator(mode="after")
+    def _labels_are_of_a_split(self) -> Self:
+        if self.real_labels is not None and self.data is not None and self.data.holdout is not None:
+            raise ValueError("real_labels does not apply to a data.holdout: the file is about the images of a split")
+        return self
 
 
 ExportFormat = Literal["safetensors", "timm", "transformers", "torchvision", "npz"]

@@ -49,6 +49,7 @@ from workers.loop import Evaluate, train
 from workers.outcome import JobError, RankOutcome, outcome_of
 from workers.probe import MakeLoader
 from workers.probe_data import Probe, open_probes, reads_own_training_split, run_probes
+from workers.real_labels import read_real_labels
 from workers.report import Reporter
 from workers.store import ObjectStore
 from workers.throughput import Throughput, peak_flops
@@ -246,6 +247,9 @@ def _evaluate(
     eval_only = not reads_own_training_split(spec.few_shot, spec.neighbours)
     opened = _open(attempt, spec.data, config, store, data_root, eval_only)
     probes = _open_probes(attempt, spec.few_shot, spec.neighbours, opened, spec.data, config, store, data_root)
+    real_labels = None
+    if spec.real_labels is not None:
+        real_labels = read_real_labels(spec.real_labels, data_root, opened.eval, config.num_classes)
     model = vit.build(config)
     model.load_state_dict(state)
     model.to(ranks.device).eval()
@@ -264,7 +268,8 @@ def _evaluate(
     with torch.inference_mode(), autocast:
         metrics: dict[str, float] | None = {"eval/num_examples": float(len(opened.eval))}
         if config.has_classifier:
-            metrics = evaluate(model, make_loader(opened.eval), spec.data, "softmax", ranks, keep_going)
+            batches = make_loader(opened.eval)
+            metrics = evaluate(model, batches, spec.data, "softmax", ranks, keep_going, real_labels)
         if metrics is not None:
             represent = partial(model, representation=True)
             probed = run_probes(represent, probes, make_loader, spec.data, ranks, keep_going)

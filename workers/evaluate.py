@@ -21,6 +21,7 @@ from vit.masked import Corruption, at_chosen, draw_corruption, mean_colours
 from workers.data.loader import Batch, normalise
 from workers.distributed import Ranks
 from workers.randomness import mix
+from workers.real_labels import NO_LABEL
 
 _LOSS_UNIT = 2.0**-24
 _LOSS_LIMIT = 1e4
@@ -34,23 +35,50 @@ def evaluate(
     loss: Loss,
     ranks: Ranks,
     keep_going: Callable[[], bool] = lambda: True,
+    real_labels: Tensor | None = None,
 ) -> dict[str, float] | None:
     """eval/top1, eval/top5 (fractions), eval/loss (mean, natural logarithm, without label smoothing) and
     eval/num_examples, over all ranks (collective). With fewer than five classes, top5 means all of them, and is 1.
 
     `keep_going` is asked after every batch and must answer alike on all ranks; when it says no, the result is None.
     A non-finite loss of any sample makes eval/loss NaN.
+
+    With `real_labels` (workers/real_labels.py) also eval/real_top1, the share of images whose first class is one of
+    theirs among the eval/real_num_examples images that have labels.
     """
+    real = torch.zeros(2, dtype=torch.int64, device=ranks.device)
 
     def score() -> Iterator[_Scored]:
+        nonlocal real
         for batch in batches:
             images = normalise(batch.images.to(ranks.device, non_blocking=True), data.mean, data.std)
             labels = batch.labels.to(ranks.device, non_blocking=True)
             mask = batch.mask.to(ranks.device, non_blocking=True)
             logits = forward(images).float()
+            if real_labels is not None:
+                right = real_labels[batch.sample_ids.clamp(min=0)].to(ranks.device, non_blocking=True)
+                real += _count_real(logits, right, mask)
             yield _Scored(logits, labels, mask, _loss_per_sample(logits, labels, loss))
 
-    return _measure(score(), ranks, keep_going)
+    measured = _measure(score(), ranks, keep_going)
+    if measured is None or real_labels is None:
+        return measured
+    counts = real.cpu()
+    dist.all_reduce(counts, group=ranks.control_group)
+    num_labelled, num_right = counts.tolist()
+    return measured | {
+        "eval/real_top1": num_right / max(num_labelled, 1),
+        "eval/real_num_examples": float(num_labelled),
+    }
+
+
+def _count_real(logits: Tensor, right: Tensor, mask: Tensor) -> Tensor:
+    """How many images count and have labels, and how many of these have one of them as the class of the largest logit:
+    int64 (2,). Of equal logits the lower class number is the first; who says NaN is wrong."""
+    first = logits.argmax(dim=1, keepdim=True)  # (b, 1)
+    is_labelled = mask & (right != NO_LABEL).any(dim=1)
+    is_right = is_labelled & (right == first).any(dim=1) & ~logits.isnan().any(dim=1)
+    return torch.stack([is_labelled.sum(), is_right.sum()])
 
 
 def evaluate_masked(

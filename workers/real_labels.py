@@ -20,6 +20,8 @@ from workers.data.source import ImageSource
 
 NO_LABEL = -1
 MAX_BYTES = 256 * 1024 * 1024
+MAX_LABELS = 1000
+"""Of an image; ImageNet's have up to a few dozen."""
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.[A-Za-z]+$")
 
 
@@ -72,6 +74,8 @@ def _check(listed: list[list[int]], path: Path, num_classes: int) -> None:
     for index, labels in enumerate(listed):
         if not isinstance(labels, list):
             raise DataError(f"{path}: entry {index} is {str(labels)[:40]!r}, expected a list of classes")
+        if len(labels) > MAX_LABELS:
+            raise DataError(f"{path}: entry {index} names {len(labels)} classes, at most {MAX_LABELS} are read")
         for label in labels:
             # bool is an int to Python.
             if type(label) is not int or not 0 <= label < num_classes:
