@@ -23,6 +23,7 @@ from orchestrator.cli import (
     stack,
     telemetry,
     train,
+    vtab,
     weights,
 )
 from orchestrator.cli.follow import Detached
@@ -81,6 +82,7 @@ for command, panel in (
 # For `make demo`: it wants a folder it may empty.
 app.command("demo", hidden=True)(demo.demo)
 app.add_typer(imports.checkpoints_app, name="checkpoints", rich_help_panel=_LOOK)
+app.add_typer(vtab.vtab_app, name="vtab", rich_help_panel=_RUN)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)
 app.add_typer(admin.tokens_app, name="tokens", rich_help_panel=_SERVER)
 

@@ -8,7 +8,7 @@ Everything wrong with a description is said at once, and nothing is stored of it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -127,6 +127,27 @@ def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> st
     spec = parse_spec(document)
     row = _row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
     return _insert(session, actor, row, None).job_id
+
+
+def submit_together(
+    session: Session, actor: Actor, requests: Sequence[Request], place: Callable[[int, FieldError], FieldError]
+) -> tuple[str, ...]:
+    """Queue several jobs, all or none, in the caller's transaction; returns their ids.
+
+    Raises:
+        SpecError: with every fault of every description, where `place` puts what is wrong with the n-th of them.
+    """
+    faults: dict[tuple[str, str], FieldError] = {}
+    rows = []
+    for number, request in enumerate(requests):
+        try:
+            rows.append(_row(request, prepare(session, request, hold=True)))
+        except SpecError as error:
+            for fault in (place(number, fault) for fault in error.errors):
+                faults.setdefault((fault.pointer, fault.message), fault)
+    if faults:
+        raise SpecError(list(faults.values()))
+    return tuple(_insert(session, actor, row, None).job_id for row in rows)
 
 
 def preview_job(db: Database, request: Request) -> JobPreview:
