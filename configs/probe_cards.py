@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from configs.data import FolderSource
+from configs.data import FolderSource, Source
 from configs.datasets import card_for
 from configs.errors import FieldError, SpecError
 from configs.probes import FewShot, Neighbours, ProbeData
@@ -13,6 +13,17 @@ from configs.spec import EvaluateJob, FinetuneJob, JobSpec, PretrainJob
 from configs.wire import DatasetCard
 
 _Probe = TypeVar("_Probe", FewShot, Neighbours)
+
+
+def probed_sources(spec: JobSpec) -> tuple[Source, ...]:
+    """The data sets that a job probes in place of its own."""
+    if isinstance(spec, EvaluateJob):
+        probes: tuple[FewShot | Neighbours | None, ...] = (spec.few_shot, spec.neighbours)
+    elif isinstance(spec, PretrainJob | FinetuneJob):
+        probes = (spec.eval.few_shot,)
+    else:
+        probes = ()
+    return tuple(dataset.source for probe in probes if probe is not None for dataset in probe.datasets)
 
 
 def fill_probes(spec: JobSpec, registered: Mapping[str, DatasetCard]) -> JobSpec:

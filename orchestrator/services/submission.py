@@ -22,7 +22,7 @@ from configs.errors import FieldError, SpecError, close_matches, to_pointer
 from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
-from configs.probe_cards import fill_probes
+from configs.probe_cards import fill_probes, probed_sources
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec
 from configs.states import JobState
@@ -254,7 +254,8 @@ def _look_up(
         source, init_from = found or (None, None)
     data = data_of(spec, source)
     known: Mapping[str, DatasetCard] = {}
-    if data is not None and isinstance(data.source, FolderSource):
+    named = [*probed_sources(spec), *([] if data is None else [data.source])]
+    if any(isinstance(one, FolderSource) for one in named):
         known = registered_datasets(session)
     if for_plan:
         known = {**PLANNING_CARDS, **known}

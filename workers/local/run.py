@@ -37,7 +37,7 @@ from configs.imports import ImportModel, ImportPreprocess
 from configs.layout import attempt_key, checkpoint_prefix, checkpoints_prefix, dataset_index_key, upload_key
 from configs.lineage import cuts, join_skips, newest, parents_of_next
 from configs.load import apply_overrides, parse_spec
-from configs.probe_cards import fill_probes
+from configs.probe_cards import fill_probes, probed_sources
 from configs.reasons import EXIT_REASONS, ExitReason
 from configs.resolve import SourceCheckpoint, canonical_json, resolve, spec_hash, training_fingerprint
 from configs.spec import FinetuneJob, ImportJob, PretrainJob, TrainingJob, UploadedFile
@@ -172,8 +172,7 @@ def _ulid_of(digest: str) -> str:
 
 
 def _probed_folders(spec: TrainingJob, store: FolderStore, data_root: Path | None) -> dict[str, DatasetCard]:
-    probed = spec.eval.few_shot.datasets if spec.eval.few_shot is not None else ()
-    folders = [dataset.source for dataset in probed if isinstance(dataset.source, FolderSource)]
+    folders = [source for source in probed_sources(spec) if isinstance(source, FolderSource)]
     return {source.name: _dataset(source, store, data_root) for source in folders}
 
 
