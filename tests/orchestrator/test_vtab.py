@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,16 @@ def test_a_name_is_used_once_and_a_request_repeated_answers_alike(
     viewer = headers_for(db, "viewer")
     assert api.post("/v1/vtab", json=suite(checkpoint, name="x"), headers=viewer).status_code == 403
     assert api.get("/v1/vtab/small", headers=viewer).status_code == 200
+
+
+def test_the_suite_in_the_documents_is_one(api: TestClient, checkpoint: str) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
+    (block,) = re.findall(r"^```json\n(.*?)^```", document, re.DOTALL | re.MULTILINE)
+    body = suite(checkpoint) | json.loads(block)
+    body["overrides"] = body["overrides"] | SETTINGS
+    response = api.post("/v1/vtab", json=body)
+    assert response.status_code == 201, response.text
+    assert len(response.json()["results"]) == 3
 
 
 def printed_json(capsys: pytest.CaptureFixture[str]) -> Any:
