@@ -96,7 +96,7 @@ def num_parameters(config: NetworkConfig) -> int:
     backbone = stem_of(config)
     stem = backbone.num_parameters if backbone else 0
     patch_embed = stem + config.patch_size**2 * config.patch_channels * dim + dim
-    prefix = dim * config.num_prefix
+    prefix = dim * config.num_prefix + (0 if config.has_classifier else dim)  # with the [mask]
     attention = (3 * dim * dim + 3 * dim) + (dim * dim + dim)
     mlp_block = (dim * mlp + mlp) + (mlp * dim + dim)
     layer_scale = 0 if config.layer_scale is None else 2 * dim
@@ -145,6 +145,8 @@ def macs_per_image(config: NetworkConfig) -> int:
     if config.pos_embed == "relative":
         attention += num_patches(config) * num_offsets(config) * dim
     head = dim * config.num_classes + (dim * dim if config.head == "mlp" else 0)
+    if not config.has_classifier:
+        head *= num_patches(config)
     if config.pool == "map":
         patches = num_patches(config)
         head += 2 * patches * dim * dim + 2 * patches * dim + 2 * dim * dim + 2 * dim * config.mlp_dim
@@ -245,6 +247,8 @@ def saved_bytes_outside_blocks(config: VitConfig, precision: Precision) -> int:
     pooled = width * dim * (tokens if precision == "fp32" and config.pool == "cls" else 1)
     pooled += _saved_by_map_head(config, width) if config.pool == "map" else 0
     head = pooled + (width * dim if config.head == "mlp" else 0) + 3 * FP32 * config.num_classes
+    if not config.has_classifier:
+        head = _saved_by_patch_head(config, width)
     mask = tokens * dim if config.dropout > 0.0 else 0
     return image + norm + head + mask
 
@@ -255,6 +259,15 @@ def _saved_by_map_head(config: VitConfig, width: int) -> int:
     dim, heads = config.embed_dim, config.num_heads
     tokens = width * num_patches(config) * 3 * dim
     return tokens + width * (3 * dim + 2 * config.mlp_dim) + FP32 * (dim + 2 + heads)
+
+
+def _saved_by_patch_head(config: VitConfig, width: int) -> int:
+    """Of masked patch prediction: the patches' embeddings before some take another's place, what the head reads of
+    every patch and its logits, where each embedding came from (int64, and whether it is the [mask]), which patches are
+    corrupted (int64), and the log-softmax of the corrupted half in fp32."""
+    patches = num_patches(config)
+    whole = patches * (FP32 * config.embed_dim + width * (config.embed_dim + config.num_classes) + 17)
+    return whole + FP32 * config.num_classes * (patches // 2)
 
 
 def weight_copy_bytes(config: VitConfig, precision: Precision) -> int:

@@ -41,16 +41,18 @@ NOT_BUILT_SOURCES = ("shards", "parquet", "dataset")
 
 
 class Subset(Strict):
-    """A seeded part of the training split: a fraction of it, or so many examples of each class."""
+    """A seeded part of the training split: a fraction of it, so many examples, or so many of each class."""
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    examples: Positive | None = Field(None, description="So many in all, whatever their classes (VTAB-1k: 1000).")
     per_class: Positive | None = None
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if (self.fraction is None) == (self.per_class is None):
-            raise ValueError("give exactly one of fraction and per_class")
+        given = [f for f in ("fraction", "examples", "per_class") if getattr(self, f) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of fraction, examples and per_class, got {', '.join(given) or 'none'}")
         return self
 
 
@@ -58,8 +60,18 @@ class Holdout(Strict):
     """A seeded part of the training split kept away from training and used for evaluation instead of `eval`.
     Chosen by permutation, never by slice: class-ordered folders would lose whole classes."""
 
-    fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    examples: Positive | None = None
+    of: Literal["split", "subset"] = Field(
+        "split", description="subset: taken out of data.subset (VTAB-1k's 800 + 200); split: before it is chosen."
+    )
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.fraction is None) == (self.examples is None):
+            raise ValueError("give exactly one of fraction and examples")
+        return self
 
 
 class RandAugment(Strict):
@@ -167,6 +179,12 @@ class DataConfig(Strict):
         if isinstance(value, dict) and value.get("type") in NOT_BUILT_SOURCES:
             raise ValueError(f"type {value['type']!r} is not available yet: use torchvision, folder or synthetic")
         return value
+
+    @model_validator(mode="after")
+    def _check_holdout(self) -> Self:
+        if self.holdout is not None and self.holdout.of == "subset" and self.subset is None:
+            raise ValueError("holdout.of subset needs a subset")
+        return self
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:

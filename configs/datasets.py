@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from configs.data import DataConfig, FolderSource, Source, SyntheticSource, TorchvisionSource
+from configs.data import DataConfig, FolderSource, Holdout, Source, Subset, SyntheticSource, TorchvisionSource
 from configs.errors import SpecError, close_matches
 from configs.wire import DatasetCard, SplitInfo
 
@@ -124,9 +124,12 @@ def card_for(source: Source, registered: Mapping[str, DatasetCard]) -> DatasetCa
 
 
 # -- how many examples a job sees --------------------------------------------------------------------------------------
-def num_held_out(num_examples: int, fraction: float) -> int:
-    """Examples a holdout takes out of `num_examples`: rounded, at least one."""
-    return max(1, round(num_examples * fraction))
+def num_held_out(num_examples: int, holdout: Holdout) -> int:
+    """Examples a holdout takes out of `num_examples`: as many as it says; of a fraction rounded, at least one."""
+    if holdout.examples is not None:
+        return holdout.examples
+    assert holdout.fraction is not None
+    return max(1, round(num_examples * holdout.fraction))
 
 
 def num_in_subset(num_examples: int, fraction: float) -> int:
@@ -135,47 +138,67 @@ def num_in_subset(num_examples: int, fraction: float) -> int:
 
 
 def num_train_examples(data: DataConfig, card: DatasetCard) -> int:
-    """Examples trained on: the training split less the holdout, and of what remains the subset.
+    """Examples trained on: the training split less the holdout, and of what remains the subset; or, with a holdout of
+    the subset, the subset less the holdout.
 
     Raises:
         SpecError: no such split, nothing left by the holdout, or fewer examples than the subset asks for.
     """
     total = _num_examples(card, data.train, "/data/train")
-    if data.holdout is not None:
-        kept = total - num_held_out(total, data.holdout.fraction)
-        if kept < 1:
-            raise SpecError.at(
-                "/data/holdout/fraction",
-                f"data.holdout.fraction {data.holdout.fraction} of {total} examples leaves none to train on",
-                data.holdout.fraction,
-            )
-        total = kept
-    if data.subset is None:
-        return total
-    if data.subset.fraction is not None:
-        return num_in_subset(total, data.subset.fraction)
-    assert data.subset.per_class is not None
-    wanted = data.subset.per_class * card.num_classes
-    if wanted > total:
-        raise SpecError.at(
-            "/data/subset/per_class",
-            f"data.subset.per_class {data.subset.per_class} of {card.num_classes} classes is {wanted} examples, "
-            f"split {data.train!r} has {total}",
-            data.subset.per_class,
-            f"at most {total // card.num_classes}",
-        )
-    return wanted
+    if data.holdout is None:
+        return total if data.subset is None else _num_chosen(total, data.subset, data.train, card)
+    if data.holdout.of == "subset":
+        assert data.subset is not None, "DataConfig has checked it"
+        return _num_kept(_num_chosen(total, data.subset, data.train, card), data.holdout)
+    kept = _num_kept(total, data.holdout)
+    return kept if data.subset is None else _num_chosen(kept, data.subset, data.train, card)
 
 
 def num_eval_examples(data: DataConfig, card: DatasetCard) -> int:
-    """Examples evaluated on: the held-out part of the training split if there is a holdout, else the eval split.
+    """Examples evaluated on: the held-out part of the training split, or of its subset, if there is a holdout, else the
+    eval split.
 
     Raises:
-        SpecError: no such split.
+        SpecError: no such split, or fewer examples than subset and holdout ask for.
     """
-    if data.holdout is not None:
-        return num_held_out(_num_examples(card, data.train, "/data/train"), data.holdout.fraction)
-    return _num_examples(card, data.eval, "/data/eval")
+    if data.holdout is None:
+        return _num_examples(card, data.eval, "/data/eval")
+    total = _num_examples(card, data.train, "/data/train")
+    if data.holdout.of == "subset":
+        assert data.subset is not None, "DataConfig has checked it"
+        total = _num_chosen(total, data.subset, data.train, card)
+    return total - _num_kept(total, data.holdout)
+
+
+def _num_kept(total: int, holdout: Holdout) -> int:
+    """What a holdout leaves to train on. Raises SpecError if that is nothing."""
+    kept = total - num_held_out(total, holdout)
+    if kept < 1:
+        field = "fraction" if holdout.examples is None else "examples"
+        given = getattr(holdout, field)
+        raise SpecError.at(
+            f"/data/holdout/{field}",
+            f"data.holdout.{field} {given} of {total} examples leaves none to train on",
+            given,
+        )
+    return kept
+
+
+def _num_chosen(total: int, subset: Subset, split: str, card: DatasetCard) -> int:
+    """What a subset takes of `total` examples. Raises SpecError if it asks for more."""
+    if subset.fraction is not None:
+        return num_in_subset(total, subset.fraction)
+    if subset.examples is not None:
+        wanted, field, allowed = subset.examples, "examples", total
+        asked = f"data.subset.examples {wanted}"
+    else:
+        assert subset.per_class is not None
+        wanted, field, allowed = subset.per_class * card.num_classes, "per_class", total // card.num_classes
+        asked = f"data.subset.per_class {subset.per_class} of {card.num_classes} classes is {wanted} examples"
+    if wanted > total:
+        message = f"{asked}, split {split!r} has {total}"
+        raise SpecError.at(f"/data/subset/{field}", message, getattr(subset, field), f"at most {allowed}")
+    return wanted
 
 
 def _num_examples(card: DatasetCard, split: str, pointer: str) -> int:

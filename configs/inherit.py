@@ -86,6 +86,12 @@ def inherit(
 
 def kept_head_faults(source: SourceCheckpoint, card: DatasetCard) -> list[FieldError]:
     """What stands against going on with the checkpoint's head: other classes."""
+    if not source.model.has_classifier:
+        message = (
+            f"keep_head: checkpoint {source.checkpoint_id} was pre-trained with train.objective masked_patch and has "
+            "no classifier to keep"
+        )
+        return [FieldError("/keep_head", message, True, "false, for a new head")]
     if source.model.num_classes == card.num_classes:
         return []
     message = (

@@ -110,7 +110,7 @@ _ALTERNATIVES = (
     ("total_steps", "total_epochs", "total_examples"),
     ("warmup_steps", "warmup_epochs", "warmup_examples"),
     ("every_steps", "every_epochs", "every_examples"),
-    ("fraction", "per_class"),
+    ("fraction", "examples", "per_class"),
 )
 _SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "stem", "resnet")
 

@@ -16,7 +16,9 @@ from configs.base import Strict
 
 Size = Annotated[int, Field(ge=1, le=65536)]
 ImageSize = Annotated[int, Field(ge=1, le=4096)]
-Head = Literal["linear", "mlp"]
+Head = Literal["linear", "mlp", "masked_patch"]
+NUM_LEVELS = 8
+"""Of each channel of a patch's mean colour, which masked patch prediction tells: 3 bits (paper, B.1.2)."""
 Pool = Literal["cls", "gap", "patch_mean", "map"]
 Registers = Annotated[int, Field(ge=0, le=16)]
 DropPathRule = Literal["linear", "uniform"]
@@ -168,7 +170,9 @@ class ModelConfig(Strict):
     in_channels: Literal[1, 3] = 3
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(None, description="Left out: from the data.")
     head: Head = Field(
-        "linear", description="linear: zero-initialised; mlp: one hidden layer with tanh (pre-training)."
+        "linear",
+        description="linear: zero-initialised; mlp: one hidden layer with tanh (pre-training); masked_patch: the mean "
+        "colour of every patch, set by train.objective masked_patch.",
     )
     head_bias_init: HeadBias = Field(
         0.0,
@@ -262,6 +266,12 @@ class ModelConfig(Strict):
         return self.patch_size * (self.stem.stride if self.stem else 1)
 
     @property
+    def num_patches(self) -> int:
+        """Of one image. The sizes must be known."""
+        height, width = self.image_hw
+        return (height // self.stride) * (width // self.stride)
+
+    @property
     def has_sizes(self) -> bool:
         return self.embed_dim is not None or self.resnet is not None
 
@@ -297,6 +307,10 @@ class BitConfig(Strict):
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
     head_bias_init: HeadBias = 0.0
 
+    @property
+    def has_classifier(self) -> bool:
+        return True
+
 
 class VitConfig(Strict):
     """Everything needed to build a Vision Transformer or hybrid: what `vit.build` takes, and what lies beside exported
@@ -328,6 +342,8 @@ class VitConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_positions(self)
+        if self.head == "masked_patch":
+            _check_masked_patch(self)
         return self
 
     @property
@@ -364,6 +380,11 @@ class VitConfig(Strict):
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
+    @property
+    def has_classifier(self) -> bool:
+        """Whether its logits are about images; a head that tells colours of patches is about these."""
+        return self.head != "masked_patch"
+
 
 VIT_FIELDS = tuple(sorted(set(VitConfig.model_fields) - set(BitConfig.model_fields)))
 """What a job says of a Transformer only."""
@@ -397,6 +418,24 @@ def _check_positions(config: ModelConfig | VitConfig) -> None:
         raise ValueError(f"pos_embed sincos2d needs an embed_dim that is a multiple of 4, got {dim}")
     if config.pos_embed == "learned_2d" and dim % 2:
         raise ValueError(f"pos_embed learned_2d needs an even embed_dim, got {dim}")
+
+
+def num_colours(in_channels: int) -> int:
+    """The mean colours that masked patch prediction tells apart: 512 of three channels."""
+    return int(NUM_LEVELS**in_channels)
+
+
+def _check_masked_patch(config: VitConfig) -> None:
+    rows, columns = config.grid
+    if rows * columns < 2:
+        raise ValueError(f"head masked_patch needs at least 2 patches, image_size {config.image_size} gives 1")
+    if config.pool not in ("cls", "gap"):
+        raise ValueError(f"head masked_patch does not apply to pool {config.pool}, only to cls and gap")
+    if config.num_classes != num_colours(config.in_channels):
+        raise ValueError(
+            f"head masked_patch tells {num_colours(config.in_channels)} colours of {config.in_channels} channels, "
+            f"num_classes is {config.num_classes}"
+        )
 
 
 def stride_text(config: ModelConfig | VitConfig) -> str:

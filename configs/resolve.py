@@ -17,7 +17,7 @@ from configs.data import Augment, DataConfig
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.inherit import SourceCheckpoint, grid_faults, inherit, kept_head_faults, patch_faults
-from configs.model import ModelConfig, NetworkConfig
+from configs.model import ModelConfig, NetworkConfig, num_colours
 from configs.pictures import pictures_of, why_not
 from configs.spec import (
     AnyJob,
@@ -81,6 +81,8 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
         changes = _inspection(job, dataset, source)
     else:
         changes = {}
+        if isinstance(job, ExportJob) and source is not None and job.format != "safetensors":
+            _refuse_without_classifier("/format", f"format {job.format}", job.format, source, "safetensors")
     document = job.model_dump(mode="json") | changes
     try:
         # Validated afresh: what was filled in has to obey the same rules.
@@ -99,7 +101,10 @@ def _training(
     model = spec.model.model_dump(mode="json")
     if isinstance(spec, FinetuneJob):
         model |= inherit(spec.model, source, spec.keep_head, faults)
-    model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
+    if spec.train.objective == "masked_patch":
+        model |= {"head": "masked_patch", "num_classes": _num_colours(spec.model, faults)}
+    else:
+        model["num_classes"] = _num_classes(spec.model.num_classes, card, faults)
     if isinstance(spec, FinetuneJob) and spec.keep_head and source is not None:
         faults.extend(kept_head_faults(source, card))
     data = _fill_data(spec.data, source)
@@ -142,6 +147,17 @@ def _num_classes(given: int | None, card: DatasetCard, faults: list[FieldError])
             )
         )
     return card.num_classes
+
+
+def _num_colours(model: ModelConfig, faults: list[FieldError]) -> int:
+    colours = num_colours(model.in_channels)
+    if model.num_classes not in (None, colours):
+        message = (
+            f"model.num_classes {model.num_classes}: train.objective masked_patch tells {colours} colours of "
+            f"{model.in_channels} channels apart"
+        )
+        faults.append(FieldError("/model/num_classes", message, model.num_classes, str(colours)))
+    return colours
 
 
 def _fill_data(data: DataConfig, source: SourceCheckpoint | None) -> DataConfig:
@@ -250,7 +266,12 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
     if spec.image_size is not None:
         faults.extend(patch_faults("image_size", (spec.image_size, spec.image_size), source.model))
         faults.extend(grid_faults("image_size", (spec.image_size, spec.image_size), source.model))
-    if card.num_classes != source.model.num_classes:
+    if not source.model.has_classifier:
+        if spec.few_shot is None and spec.neighbours is None:
+            what = f"accuracy of {spec.init_from}"
+            allowed = "a checkpoint with a classifier, or few_shot or neighbours, which look at features"
+            _refuse_without_classifier("/init_from", what, spec.init_from, source, allowed)
+    elif card.num_classes != source.model.num_classes:
         faults.append(
             FieldError(
                 "/data/source",
@@ -266,10 +287,11 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
         num_eval_examples(data, card)
     except SpecError as error:
         faults.extend(error.errors)
+    if spec.real_labels is not None:
+        faults.extend(_real_label_faults(spec.real_labels, data, source))
     if faults:
         raise SpecError(faults)
-    # What was only for training (the checkpoint's own data says it too) is no part of an evaluation.
-    data = data.model_copy(update={"subset": None, "augment": Augment(), "mix": None})
+    data = _only_evaluated(data)
     height, width = source.model.image_size
     image_size = spec.image_size or (height if height == width else None)
     return {"data": data.model_dump(mode="json"), "image_size": image_size}
@@ -303,7 +325,7 @@ def _inspection(spec: InspectJob, card: DatasetCard | None, source: SourceCheckp
     counts = _image_counts(spec, data, card, faults)
     if faults:
         raise SpecError(faults)
-    data = data.model_copy(update={"subset": None, "augment": Augment(), "mix": None})
+    data = _only_evaluated(data)
     return {"pictures": wanted, "data": data.model_dump(mode="json")} | counts
 
 
@@ -322,6 +344,36 @@ def _image_counts(spec: InspectJob, data: DataConfig, card: DatasetCard, faults:
             faults.append(FieldError(f"/{field}", message, given, f"at most {available}"))
         counts[field] = min(given, available)
     return counts
+
+
+def _real_label_faults(path: str, data: DataConfig, source: SourceCheckpoint) -> list[FieldError]:
+    why = None
+    if data.holdout is not None:
+        why = "the checkpoint's data has a holdout: name data without one, the file is about the images of a split"
+    elif not source.model.has_classifier:
+        why = f"checkpoint {source.checkpoint_id} has no classifier"
+    return [] if why is None else [FieldError("/real_labels", f"real_labels does not apply: {why}", path, "nothing")]
+
+
+def _refuse_without_classifier(
+    pointer: str, what: str, value: object, source: SourceCheckpoint, allowed: str | None
+) -> None:
+    if not source.model.has_classifier:
+        raise SpecError.at(
+            pointer,
+            f"{what}: checkpoint {source.checkpoint_id} was pre-trained with train.objective masked_patch and has no "
+            "classifier; fine-tune it first",
+            value,
+            allowed,
+        )
+
+
+def _only_evaluated(data: DataConfig) -> DataConfig:
+    """Without what was only for training: the checkpoint's own data says it too. A subset stays where the images that
+    are evaluated were held out of it."""
+    is_held_out_of_it = data.holdout is not None and data.holdout.of == "subset"
+    subset = data.subset if is_held_out_of_it else None
+    return data.model_copy(update={"subset": subset, "augment": Augment(), "mix": None})
 
 
 def _fill_evaluation_data(data: DataConfig, source: SourceCheckpoint, faults: list[FieldError]) -> DataConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, model_validator
 
 from configs.base import Label, Positive, Seed, Strict
 from configs.data import DataConfig
@@ -23,6 +24,18 @@ CheckpointRef = Annotated[
 ]
 """A checkpoint by id (`ckpt_…`), or a job's best or latest one (`job_…/best`)."""
 
+
+def _inside(path: str) -> str:
+    """Raises ValueError if a path could lead out of where it is looked for."""
+    if path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"expected a path below the data root, without '..', got {path!r}")
+    return path
+
+
+DataPath = Annotated[
+    str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(_inside)
+]
+"""A file below the nodes' data root."""
 
 WEIGHTS: Weights = Field("raw", description="Which weights of the checkpoint: its own, or their moving average.")
 
@@ -103,11 +116,42 @@ class _TrainingJob(_Job):
                 raise ValueError(f"data.{field} has {count} values, model.in_channels is {self.model.in_channels}")
         return self
 
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.train.objective == "masked_patch":
+            _check_masked_patch(self)
+        elif self.model.head == "masked_patch":
+            raise ValueError("model.head masked_patch goes with train.objective masked_patch only")
+        return self
+
     @property
     def allowed_world_sizes(self) -> tuple[int, ...]:
         """Worker counts this job may run on: those in its range that divide the global batch."""
         low, high = self.resources.worker_range
         return tuple(n for n in range(low, high + 1) if self.train.global_batch_size % n == 0)
+
+
+def _check_masked_patch(job: _TrainingJob) -> None:
+    """Refuse what masked patch prediction has no use for. Raises ValueError."""
+    if job.model.resnet is not None:
+        raise ValueError("train.objective masked_patch does not apply to a ResNet (model.resnet), which has no patches")
+    allowed: dict[str, tuple[object, tuple[object, ...]]] = {
+        "model.head": (job.model.head, ("linear", "masked_patch")),
+        "model.head_bias_init": (job.model.head_bias_init, (0.0,)),
+        "model.pool": (job.model.pool, ("cls", "gap")),
+        "train.loss": (job.train.loss, ("softmax",)),
+        "train.label_smoothing": (job.train.label_smoothing, (0.0,)),
+        "data.mix": (job.data.mix, (None,)),
+        "optim.train": (job.optim.train, ("all",)),
+    }
+    for field, (given, fitting) in allowed.items():
+        if given not in fitting:
+            expected = "left out" if fitting == (None,) else " or ".join(map(str, fitting))
+            raise ValueError(f"{field} {given} does not apply to train.objective masked_patch: expected {expected}")
+    if job.model.has_sizes and job.model.num_patches < 2:
+        raise ValueError(
+            f"train.objective masked_patch needs at least 2 patches, model.image_size {job.model.image_size} gives 1"
+        )
 
 
 class PretrainJob(_TrainingJob):
@@ -138,6 +182,12 @@ class FinetuneJob(_TrainingJob):
             raise ValueError("model.head_bias_init applies to pretrain jobs only: a fine-tuning head starts at zero")
         return self
 
+    @model_validator(mode="after")
+    def _learns_classes(self) -> Self:
+        if self.train.objective != "classification":
+            raise ValueError(f"train.objective {self.train.objective} applies to pretrain jobs only")
+        return self
+
 
 class EvaluateJob(_Job):
     """Accuracy of a checkpoint on a split; it does not depend on the number of workers."""
@@ -153,6 +203,15 @@ class EvaluateJob(_Job):
         None, description="Also few-shot accuracy of the features (data.train, data.eval)."
     )
     neighbours: Neighbours | None = Field(None, description="Also nearest-neighbour accuracy of the features.")
+    real_labels: DataPath | None = Field(
+        None, description="Also accuracy by reassessed labels (ReaL): a file like real.json, under the data root."
+    )
+
+    @model_validator(mode="after")
+    def _labels_are_of_a_split(self) -> Self:
+        if self.real_labels is not None and self.data is not None and self.data.holdout is not None:
+            raise ValueError("real_labels does not apply to a data.holdout: the file is about the images of a split")
+        return self
 
 
 class InspectJob(_Job):

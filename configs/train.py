@@ -20,6 +20,7 @@ TrainedPart = Literal["all", "head", "attention"]
 Weights = Literal["raw", "ema"]
 Decay = Literal["linear", "cosine", "constant", "steps"]
 Loss = Literal["softmax", "sigmoid", "bce"]
+Objective = Literal["classification", "masked_patch"]
 
 
 class Optim(Strict):
@@ -110,6 +111,10 @@ class Train(Strict):
     global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 4096
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: fp32 parameters, bfloat16 autocast.")
+    objective: Objective = Field(
+        "classification",
+        description="masked_patch: tell the mean colour of corrupted patches (paper, B.1.2); needs no labels.",
+    )
     loss: Loss = Field(
         "softmax",
         description="sigmoid: binary cross-entropy summed over classes; bce: averaged over them, and every class of "
@@ -203,6 +208,7 @@ __all__ = [
     "Every",
     "Fraction",
     "Loss",
+    "Objective",
     "Optim",
     "Schedule",
     "SpikeRollback",

@@ -40,7 +40,7 @@ def _of_evaluation(data: DataConfig | None, job: str) -> Iterator[_Fault]:
     if data is None:
         return
     why = f"in {job}: it is for training"
-    if data.subset is not None:
+    if data.subset is not None and (data.holdout is None or data.holdout.of == "split"):
         yield "data.subset", why, "null"
     if data.augment != Augment():
         yield "data.augment", why, "nothing"

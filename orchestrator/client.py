@@ -50,6 +50,7 @@ from orchestrator.schemas import (
     UploadPublic,
     Whoami,
 )
+from orchestrator.vtab_schemas import VtabReport
 
 __all__ = [
     "ApiError",
@@ -60,6 +61,7 @@ __all__ = [
     "PatchworkError",
     "StreamEnded",
     "Unreachable",
+    "Vtab",
     "check",
     "connect",
 ]
@@ -218,6 +220,20 @@ class Jobs:
             time.sleep(poll_s)
 
 
+class Vtab:
+    """VTAB suites: fine-tunes of one checkpoint on many data sets."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def create(self, suite: Mapping[str, Any], idempotency_key: str | None = None) -> VtabReport:
+        """Queue a suite's jobs (a dict with the fields of `VtabCreate`)."""
+        return self._connection.post(VtabReport, "/v1/vtab", dict(suite), key=idempotency_key or uuid.uuid4().hex)
+
+    def get(self, name: str) -> VtabReport:
+        return self._connection.get(VtabReport, f"/v1/vtab/{name}")
+
+
 class Checkpoints:
     """Checkpoints: what they are, and their files."""
 
@@ -311,6 +327,7 @@ class Client:
         """Whether requests go over the network, and not through a transport that the caller brought."""
         self.jobs = Jobs(self._connection)
         self.checkpoints = Checkpoints(self._connection)
+        self.vtab = Vtab(self._connection)
 
     def plan(self, spec: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, gpu: str | None = None) -> Plan:
         """The server's plan of a job description: it knows registered data sets and checkpoints."""

@@ -28,8 +28,11 @@ def predict(model: Network, images: Sequence[Image | Tensor] | Tensor, batch_siz
     sizes. Uses the model's own preprocessing and runs it in eval mode; the mode it was in is restored.
 
     Raises:
-        ValueError: the model has no preprocessing (it was not loaded by `vit.load`), or an image is neither.
+        ValueError: the model has no preprocessing (it was not loaded by `vit.load`) or no classifier (`head:
+            masked_patch`), or an image is neither.
     """
+    if not model.config.has_classifier:
+        raise ValueError("the model tells colours of masked patches and has no classifier: fine-tune it first")
     if model.preprocess is None:
         raise ValueError("the model does not say how images are prepared: load it with vit.load, or set .preprocess")
     prepared = [prepare(image, model.preprocess) for image in images]

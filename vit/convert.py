@@ -48,6 +48,11 @@ def write_weights(state: Mapping[str, Tensor], model_file: ModelFile, format: Ex
     Raises:
         ValueError: the format cannot express the model; names the field.
     """
+    if not model_file.model.has_classifier and format != "safetensors":
+        raise ValueError(
+            f"head masked_patch cannot be written as {format}, which knows classifiers only: fine-tune the checkpoint "
+            "first, or take safetensors"
+        )
     _WRITERS[format](state, model_file, folder)
 
 

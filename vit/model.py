@@ -57,7 +57,8 @@ class ViT(nn.Module):
     final norm (google-research/big_vision); `pool: map` has none and lets a learned query attend to the patches after
     the final norm (big_vision); `pool: patch_mean` prepends one and reads the mean of the patches, and the final norm,
     then called `fc_norm`, comes after the mean (facebookresearch/mae fine-tuning). `registers` follow the class token.
-    `head: mlp` puts a D x D layer with tanh before the classifier.
+    `head: mlp` puts a D x D layer with tanh before the classifier. `head: masked_patch` has no classifier: it tells the
+    mean colour of each patch (`vit.masked`).
     Its weights are torch's defaults until `init_weights`; `build` makes an initialised one.
 
     Raises:
@@ -81,6 +82,7 @@ class ViT(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.has_cls_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
+        self.mask_token = None if config.has_classifier else nn.Parameter(torch.zeros(1, 1, dim))
         has_table = config.pos_embed not in ("none", "relative") and config.pos_embed_at != "every_layer"
         self.pos_embed = learned_positions(config) if has_table else None
         if config.pos_embed == "sincos2d" and self.pos_embed is not None:
@@ -97,20 +99,25 @@ class ViT(nn.Module):
         self.pre_logits = nn.Linear(dim, dim) if config.head == "mlp" else None
         self.head = nn.Linear(dim, config.num_classes)
 
-    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
-        """Logits, (B, C), of normalised float images (B, channels, height, width); or the (B, D) vector that the
-        classifier reads."""
-        features = self.forward_features(images)
+    def forward(self, images: Tensor, representation: bool = False, sources: Tensor | None = None) -> Tensor:
+        """Logits, (B, C), of normalised float images (B, channels, height, width), or with `head: masked_patch` of
+        every patch, (B, rows * columns, C); or the (B, D) vector that the classifier reads. `sources` corrupts
+        patches, as in `forward_features`."""
+        features = self.forward_features(images, sources)
         return self.forward_representation(features) if representation else self.forward_head(features)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor, sources: Tensor | None = None) -> Tensor:
         """All tokens after the final norm (`pool: patch_mean`: before it), (B, N, D); the class token, if any, is the
         first, then come the registers.
+
+        Args:
+            sources: with `head: masked_patch`, the patch whose embedding stands at each place, int64
+                (B, rows * columns); the number of patches stands for the [mask] (`vit.masked.Corruption`).
 
         Raises:
             ValueError: the images' channels or size are not those of the configuration.
         """
-        x = self._embed(images)
+        x = self._embed(images, sources)
         for index, block in enumerate(self.blocks):
             x = self._run(block, x, index)
         return self.norm(x)
@@ -147,7 +154,10 @@ class ViT(nn.Module):
         return x if self.pre_logits is None else torch.tanh(self.pre_logits(x))
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Logits, (B, C), of the tokens that `forward_features` gives."""
+        """Logits, (B, C), of the tokens that `forward_features` gives; with `head: masked_patch`
+        (B, rows * columns, C), of the patches."""
+        if not self.config.has_classifier:
+            return self.head(features[:, self.num_prefix :])
         return self.head(self.forward_representation(features))
 
     def _pool(self, features: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ class ViT(nn.Module):
         patches = features[:, self.num_prefix :]
         return patches.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches)
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, sources: Tensor | None = None) -> Tensor:
         """The tokens that the first block reads, (B, N, D)."""
         expected = (self.config.in_channels, *self.config.image_size)
         if tuple(images.shape[1:]) != expected:
@@ -164,6 +174,11 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # (B, N - P, D)
         # The residual stream is fp32 from here on, also where nothing in fp32 is added to what autocast gives.
         x = x.float() if x.dtype is torch.bfloat16 else x
+        if sources is not None:
+            assert self.mask_token is not None, "only head masked_patch is trained on corrupted patches"
+            patches = x.shape[1]
+            placed = x.gather(1, sources.clamp(max=patches - 1).unsqueeze(2).expand_as(x))
+            x = torch.where((sources == patches).unsqueeze(2), self.mask_token, placed)  # (B, N - P, D)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1) if prefix else x  # (B, N, D)
         return self.dropout(add_positions(x, self.pos_embed))
@@ -190,6 +205,8 @@ class ViT(nn.Module):
             nn.init.zeros_(self.cls_token)
         if self.reg_token is not None:
             normal_(self.reg_token, 1e-6, generator)
+        if self.mask_token is not None:
+            normal_(self.mask_token, 0.02, generator)  # the paper does not say; as BERT, BEiT and MAE do
         if self.config.pos_embed == "sincos2d":
             assert isinstance(self.pos_embed, nn.Parameter)
             self.pos_embed.copy_(sincos2d(self.config.grid, self.config.embed_dim, self.num_prefix))

@@ -34,7 +34,7 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) + 1 for name in names if (match := _BLOCK.match(name))}
     last = max(blocks.values(), default=0) + 1
-    embeddings = ("patch_embed.", "cls_token", "reg_token", "pos_embed")
+    embeddings = ("patch_embed.", "cls_token", "reg_token", "mask_token", "pos_embed")
     return {name: blocks.get(name, 0 if name.startswith(embeddings) else last) for name in names}
 
 

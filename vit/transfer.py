@@ -27,15 +27,15 @@ BODY_FIELDS = (
 """What source and target must share, beside pooling and LayerScale; image size, classes, head and dropout may
 differ."""
 HEAD_FIELDS = ("num_classes", "head")
-HEAD_PREFIXES = ("pre_logits.", "head.")
+HEAD_PREFIXES = ("pre_logits.", "head.", "mask_token")
 
 
 def transfer_weights(
     state: Mapping[str, Tensor], source: NetworkConfig, target: NetworkConfig, keep_head: bool = False
 ) -> dict[str, Tensor]:
-    """Everything but the head, for a model of another resolution and other classes: `pre_logits` and `head` are
-    dropped whole (paper, D.3) and the positions resized by `target.pos_resize`. From `pool: cls` to `patch_mean` the
-    final norm is dropped too, for the new one after the mean (facebookresearch/mae `models_vit.py`).
+    """Everything but the head, for a model of another resolution and other classes: `pre_logits`, `head` and the
+    [mask] are dropped whole (paper, D.3) and the positions resized by `target.pos_resize`. From `pool: cls` to
+    `patch_mean` the final norm is dropped too, for the new one after the mean (facebookresearch/mae `models_vit.py`).
 
     Fine-tuning starts from `vit.build(target).state_dict() | transfer_weights(...)`, whose head is zero, or with
     `keep_head` the source's.

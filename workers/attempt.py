@@ -27,6 +27,7 @@ from configs.ids import parse_checkpoint_id
 from configs.layout import report_key
 from configs.lineage import batch_number, join_skips
 from configs.model import NetworkConfig
+from configs.probes import FewShot, Neighbours
 from configs.reasons import ExitReason
 from configs.resolve import load_resolved
 from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, TrainingJob
@@ -41,12 +42,14 @@ from workers.data.open import OpenedData, open_data
 from workers.distributed import Ranks
 from workers.ema import WeightAverage
 from workers.engine import DeepSpeedEngine, build_engine
-from workers.evaluate import evaluate
+from workers.evaluate import evaluate, evaluate_masked
 from workers.export import export_weights
 from workers.import_weights import import_weights
 from workers.loop import Evaluate, train
 from workers.outcome import JobError, RankOutcome, outcome_of
-from workers.probe import MakeLoader, probe
+from workers.probe import MakeLoader
+from workers.probe_data import Probe, open_probes, reads_own_training_split, run_probes
+from workers.real_labels import read_real_labels
 from workers.report import Reporter
 from workers.store import ObjectStore
 from workers.throughput import Throughput, peak_flops
@@ -109,7 +112,8 @@ def _train(
     if skipped and ranks.is_first:
         reporter.event("data.skipped", f"{skipped} global batches are passed over", {"step": start.step})
 
-    measure = _measurer(spec, config, opened, engine, average, ranks, reporter)
+    probes = _open_probes(attempt, spec.eval.few_shot, None, opened, spec.data, config, store, data_root)
+    measure = _measurer(spec, config, opened, probes, engine, average, ranks, reporter)
     facts = _facts(attempt, spec, config, opened)
     checkpointer = Checkpointer(store, engine, ranks, facts, reporter, spec.checkpoint.every_steps, average=average)
     throughput = Throughput(
@@ -146,14 +150,15 @@ def _measurer(
     spec: TrainingJob,
     config: NetworkConfig,
     opened: OpenedData,
+    probes: tuple[Probe, ...],
     engine: DeepSpeedEngine,
     average: WeightAverage | None,
     ranks: Ranks,
     reporter: Reporter,
 ) -> Evaluate:
-    """How the loop evaluates the weights or their average: accuracy, and few-shot accuracy where it is asked for."""
+    """How the loop evaluates the weights or their average: accuracy, and that of features where it is asked for."""
     make_loader = _eval_loaders(spec.data, config, spec.eval.batch_size, ranks, reporter)
-    eval_loader, few_shot = make_loader(opened.eval), spec.eval.few_shot
+    eval_loader = make_loader(opened.eval)
 
     def measure(keep_going: Callable[[], bool]) -> dict[str, float] | None:
         averaged: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -161,25 +166,22 @@ def _measurer(
             assert average is not None, "the spec asks for train.ema_decay"
             averaged = average.in_place()
         with averaged, engine.evaluating():
-            measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
-            if measured is None or few_shot is None:
-                return measured
-            assert opened.train is not None
-            probed = probe(
-                partial(engine.forward, representation=True),
-                opened.train,
-                opened.eval,
-                make_loader,
-                spec.data,
-                config.num_classes,
-                few_shot,
-                None,
-                ranks,
-                keep_going,
-            )
+            if spec.train.objective == "masked_patch":
+                forward = partial(_forward_corrupted, engine)
+                measured = evaluate_masked(forward, eval_loader, spec.data, spec.model.stride, ranks, keep_going)
+            else:
+                measured = evaluate(engine.forward, eval_loader, spec.data, spec.train.loss, ranks, keep_going)
+            if measured is None:
+                return None
+            represent = partial(engine.forward, representation=True)
+            probed = run_probes(represent, probes, make_loader, spec.data, ranks, keep_going)
             return None if probed is None else measured | probed
 
     return measure
+
+
+def _forward_corrupted(engine: DeepSpeedEngine, images: Tensor, sources: Tensor) -> Tensor:
+    return engine.forward(images, sources=sources)
 
 
 def _eval_loaders(
@@ -244,8 +246,12 @@ def _evaluate(
         except ValueError as error:
             raise JobError(f"image_size: {error}") from error
     assert spec.data is not None, "a resolved evaluation names its data"
-    is_probed = spec.few_shot is not None or spec.neighbours is not None
-    opened = _open(attempt, spec.data, config, store, data_root, eval_only=not is_probed)
+    eval_only = not reads_own_training_split(spec.few_shot, spec.neighbours)
+    opened = _open(attempt, spec.data, config, store, data_root, eval_only)
+    probes = _open_probes(attempt, spec.few_shot, spec.neighbours, opened, spec.data, config, store, data_root)
+    real_labels = None
+    if spec.real_labels is not None:
+        real_labels = read_real_labels(spec.real_labels, data_root, opened.eval, config.num_classes)
     model = vit.build(config)
     model.load_state_dict(state)
     model.to(ranks.device).eval()
@@ -262,20 +268,13 @@ def _evaluate(
     reporter.heartbeat("evaluating", 0)
     autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=spec.precision == "bf16")
     with torch.inference_mode(), autocast:
-        metrics = evaluate(model, make_loader(opened.eval), spec.data, "softmax", ranks, keep_going)
-        if metrics is not None and opened.train is not None:
-            probed = probe(
-                partial(model, representation=True),
-                opened.train,
-                opened.eval,
-                make_loader,
-                spec.data,
-                config.num_classes,
-                spec.few_shot,
-                spec.neighbours,
-                ranks,
-                keep_going,
-            )
+        metrics: dict[str, float] | None = {"eval/num_examples": float(len(opened.eval))}
+        if config.has_classifier:
+            batches = make_loader(opened.eval)
+            metrics = evaluate(model, batches, spec.data, "softmax", ranks, keep_going, real_labels)
+        if metrics is not None:
+            represent = partial(model, representation=True)
+            probed = run_probes(represent, probes, make_loader, spec.data, ranks, keep_going)
             metrics = None if probed is None else metrics | probed
     control.drain()
     if metrics is None:
@@ -351,11 +350,26 @@ def _open(
     eval_only: bool,
 ) -> OpenedData:
     assert attempt.dataset is not None, "an attempt that reads data names its data set"
-    if attempt.dataset.num_classes > config.num_classes:
+    if config.has_classifier and attempt.dataset.num_classes > config.num_classes:
         raise JobError(
             f"model.num_classes {config.num_classes}: data set {attempt.dataset.name} has {attempt.dataset.num_classes}"
         )
     return open_data(data, attempt.dataset, data_root, store.get, in_channels=config.in_channels, eval_only=eval_only)
+
+
+def _open_probes(
+    attempt: AttemptFile,
+    few_shot: FewShot | None,
+    neighbours: Neighbours | None,
+    opened: OpenedData,
+    data: DataConfig,
+    config: NetworkConfig,
+    store: ObjectStore,
+    data_root: Path | None,
+) -> tuple[Probe, ...]:
+    assert attempt.dataset is not None
+    own_classes = attempt.dataset.num_classes
+    return open_probes(few_shot, neighbours, opened, own_classes, data, data_root, store.get, config.in_channels)
 
 
 def _source(attempt: AttemptFile) -> CheckpointSource:

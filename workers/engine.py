@@ -37,9 +37,9 @@ class Update:
 class Engine(Protocol):
     """All ranks call each method the same number of times in the same order."""
 
-    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
+    def forward(self, images: Tensor, representation: bool = False, sources: Tensor | None = None) -> Tensor:
         """Logits (B, C) of normalised images (B, channels, H, W), or the (B, D) vector that the classifier reads, in
-        the job's precision."""
+        the job's precision. `sources` corrupts patches (vit/masked.py): logits are then (B, n, C), of each patch."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -66,7 +66,9 @@ class DeepSpeedEngine:
         self._clip_grad_norm = clip_grad_norm
         self._is_compiled = is_compiled
 
-    def forward(self, images: Tensor, representation: bool = False) -> Tensor:
+    def forward(self, images: Tensor, representation: bool = False, sources: Tensor | None = None) -> Tensor:
+        if sources is not None:
+            return self.deepspeed(images, sources=sources)
         return self.deepspeed(images, representation=True) if representation else self.deepspeed(images)
 
     def backward(self, loss: Tensor) -> None:

@@ -27,6 +27,7 @@ from configs.spec import TrainingJob
 from configs.states import Desired
 from configs.train import SpikeRollback
 from vit.losses import classification_loss
+from vit.masked import draw_corruption, masked_patch_loss, mean_colours
 from vit.schedule import learning_rate
 from workers.checkpoint import Checkpointer, Progress
 from workers.control import LEAVES_WITH, ControlWord
@@ -64,6 +65,7 @@ def train(
     """
     data, options, schedule, total_steps = spec.data, spec.train, spec.schedule, spec.schedule.total_steps
     image_hw, num_classes = spec.model.image_hw, spec.model.num_classes
+    stride = spec.model.stride if options.objective == "masked_patch" else None
     assert total_steps is not None, "epochs and examples are steps in a resolved job"
     assert num_classes is not None, "classes are those of the data in a resolved job"
     control = ControlWord(ranks)
@@ -111,16 +113,21 @@ def train(
         )
         micro_batches = next(loader)
         mixing = None if data.mix is None else draw_mixing(data.mix, image_hw, options.seed, progress.step)
-        loss = torch.zeros((), device=ranks.device)
+        loss, right = torch.zeros((), device=ranks.device), torch.zeros((), device=ranks.device)
         samples_crc32 = 0
         for a, batch in enumerate(micro_batches):
             seed_micro_step(options.seed, progress.step, a * ranks.world_size + ranks.rank)
-            images = normalise(batch.images.to(ranks.device, non_blocking=True), data.mean, data.std)
-            labels = batch.labels.to(ranks.device, non_blocking=True)
-            targets = labels
-            if mixing is not None:
-                images, targets = apply_mixing(mixing, images, labels, num_classes)
-            micro_loss = classification_loss(engine.forward(images), targets, options.loss, options.label_smoothing)
+            pixels = batch.images.to(ranks.device, non_blocking=True)
+            images = normalise(pixels, data.mean, data.std)
+            if stride is None:
+                labels = batch.labels.to(ranks.device, non_blocking=True)
+                targets = labels
+                if mixing is not None:
+                    images, targets = apply_mixing(mixing, images, labels, num_classes)
+                micro_loss = classification_loss(engine.forward(images), targets, options.loss, options.label_smoothing)
+            else:
+                micro_loss, micro_right = _predict_masked(engine, pixels, images, stride)
+                right += micro_right / len(micro_batches)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / len(micro_batches)
             samples_crc32 = zlib.crc32(batch.sample_ids.numpy().tobytes(), samples_crc32)
@@ -140,8 +147,11 @@ def train(
 
         if progress.step % options.log_every_steps == 0 or progress.step in (start.step + 1, total_steps):
             mean_loss = _mean_over_ranks(loss, ranks)
+            mean_right = None if stride is None else _mean_over_ranks(right, ranks)
             if ranks.is_first:
                 reporter.metric("train/loss", progress.step, float(mean_loss))
+                if mean_right is not None:
+                    reporter.metric("train/top1", progress.step, float(mean_right))
                 reporter.metric("train/lr", progress.step, lr)
                 reporter.metric("train/grad_norm", progress.step, float(update.grad_norm))
             # Which samples this rank trained on, as a number that two runs can be compared by.
@@ -154,6 +164,15 @@ def train(
                     checkpointer.drain(control)
                     message = describe_spike(watch, float(mean_loss), options.spike_rollback)
                     return _diverged(message, options.spike_rollback, checkpointer, reporter, ranks, progress)
+
+
+def _predict_masked(engine: Engine, pixels: Tensor, images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy of masked patch prediction on a micro-batch, whose corruption is drawn from torch's generators,
+    as dropout is."""
+    colours = mean_colours(pixels, stride)
+    num_images, num_patches = colours.shape
+    corruption = draw_corruption(num_images, num_patches, images.device)
+    return masked_patch_loss(engine.forward(images, sources=corruption.sources), colours, corruption.chosen)
 
 
 def _advance(progress: Progress, applied: bool) -> Progress:

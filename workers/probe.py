@@ -24,10 +24,11 @@ from workers.data.source import ImageSource, Selection
 from workers.distributed import Ranks
 
 MakeLoader = Callable[[ImageSource], EvalLoader]
+Represent = Callable[[Tensor], Tensor]
 
 
 def probe(
-    represent: Callable[[Tensor], Tensor],
+    represent: Represent,
     pool: ImageSource,
     test: ImageSource,
     make_loader: MakeLoader,
@@ -37,9 +38,10 @@ def probe(
     neighbours: Neighbours | None,
     ranks: Ranks,
     keep_going: Callable[[], bool] = lambda: True,
+    label: str = "",
 ) -> dict[str, float] | None:
     """eval/few_shot/<k> and eval/few_shot/<k>_std for every number of shots k (mean and standard deviation over the
-    seeds), and eval/knn (collective).
+    seeds), and eval/knn (collective). With a label: eval/few_shot/<label>/<k> and so on, and eval/knn/<label>.
 
     `represent` maps normalised images to features (b, D). `keep_going` is asked after every batch and must answer alike
     on all ranks; when it says no, the result is None.
@@ -64,6 +66,7 @@ def probe(
         return features[places], labels[used[places]]
 
     measured: dict[str, float] = {}
+    few_shot_name = f"eval/few_shot/{label}/" if label else "eval/few_shot/"
     if few_shot is not None:
         for shots in few_shot.shots:
             scores = [
@@ -76,19 +79,19 @@ def probe(
                 )
                 for seed in range(few_shot.num_seeds)
             ]
-            measured[f"eval/few_shot/{shots}"] = statistics.fmean(scores)
-            measured[f"eval/few_shot/{shots}_std"] = statistics.pstdev(scores)
+            measured[f"{few_shot_name}{shots}"] = statistics.fmean(scores)
+            measured[f"{few_shot_name}{shots}_std"] = statistics.pstdev(scores)
     if neighbours is not None:
         bank_features, bank_labels = at(bank)
         k = min(neighbours.k, len(bank_features))
-        measured["eval/knn"] = knn_accuracy(
+        measured[f"eval/knn/{label}" if label else "eval/knn"] = knn_accuracy(
             bank_features, bank_labels, test_features, test_labels, num_classes, k, neighbours.temperature
         )
     return measured
 
 
 def extract(
-    represent: Callable[[Tensor], Tensor],
+    represent: Represent,
     batches: Iterable[Batch],
     num_images: int,
     data: DataConfig,

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from configs.wire import ClaimRequest, ReportBatch
-from orchestrator.api import catalog, checkpoints, health, internal, jobs, pictures, telemetry, tokens, uploads
+from orchestrator.api import catalog, checkpoints, health, internal, jobs, pictures, telemetry, tokens, uploads, vtab
 from orchestrator.api.deps import Services
 from orchestrator.api.middleware import BodyLimit, RequestLog
 from orchestrator.schemas import (
@@ -32,6 +32,7 @@ from orchestrator.services.streams import StreamLimit
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database
 from orchestrator.storage.store import ObjectStore
+from orchestrator.vtab_schemas import VtabCreate
 
 DESCRIPTION = """Trains Vision Transformers on a shared cluster: plan, queue, train, resume, fetch.
 
@@ -49,6 +50,7 @@ _REFERENCED: tuple[type[BaseModel], ...] = (
     TokenCreate,
     ClaimRequest,
     ReportBatch,
+    VtabCreate,
 )
 
 
@@ -66,7 +68,7 @@ def create_app(settings: Settings, db: Database, store: ObjectStore) -> FastAPI:
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
     app.state.exposition = exposition = Exposition(db)
-    for module in (jobs, telemetry, checkpoints, pictures, uploads, catalog, tokens, health, internal):
+    for module in (jobs, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal):
         app.include_router(module.router)
     install_handlers(app)
     # The last one added is the outermost.
@@ -115,7 +117,7 @@ def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _tags() -> list[dict[str, str]]:
-    modules = (jobs, telemetry, checkpoints, pictures, uploads, catalog, tokens, health, internal)
+    modules = (jobs, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal)
     tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in modules]
     return [*tags, {"name": "exports", "description": "What export and evaluate jobs leave."}]
 

@@ -74,3 +74,14 @@ IMPORT = {
     "format": "timm",
 }
 PART_URLS = {"parts": [1, 2, 3]}
+
+VTAB: dict[str, Any] = {
+    "name": "fashion-small-vtab",
+    "init_from": "job_01JD3Q8Z6M0000000000000000/best",
+    "tasks": [
+        {"name": "fashion", "group": "natural", "source": {"type": "torchvision", "name": "FashionMNIST"}},
+        {"name": "digits", "group": "natural", "source": {"type": "torchvision", "name": "MNIST"}},
+    ],
+    "steps": 100,
+    "overrides": {"model.image_size": 28, "resources.gpus_per_worker": 0},
+}

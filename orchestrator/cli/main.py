@@ -25,6 +25,7 @@ from orchestrator.cli import (
     stack,
     telemetry,
     train,
+    vtab,
     weights,
 )
 from orchestrator.cli.follow import Detached
@@ -86,6 +87,7 @@ app.command("demo", hidden=True)(demo.demo)
 # For `make pictures`, likewise.
 app.command("gallery", hidden=True)(gallery.gallery)
 app.add_typer(imports.checkpoints_app, name="checkpoints", rich_help_panel=_LOOK)
+app.add_typer(vtab.vtab_app, name="vtab", rich_help_panel=_RUN)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)
 app.add_typer(admin.tokens_app, name="tokens", rich_help_panel=_SERVER)
 

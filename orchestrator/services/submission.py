@@ -8,7 +8,7 @@ Everything wrong with a description is said at once, and nothing is stored of it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from configs.errors import FieldError, SpecError, close_matches, to_pointer
 from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
+from configs.probe_cards import fill_probes, probed_sources
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, PretrainJob
 from configs.states import JobState
@@ -128,6 +129,27 @@ def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> st
     return _insert(session, actor, row, None).job_id
 
 
+def submit_together(
+    session: Session, actor: Actor, requests: Sequence[Request], place: Callable[[int, FieldError], FieldError]
+) -> tuple[str, ...]:
+    """Queue several jobs, all or none, in the caller's transaction; returns their ids.
+
+    Raises:
+        SpecError: with every fault of every description, where `place` puts what is wrong with the n-th of them.
+    """
+    faults: dict[tuple[str, str], FieldError] = {}
+    rows = []
+    for number, request in enumerate(requests):
+        try:
+            rows.append(_row(request, prepare(session, request, hold=True)))
+        except SpecError as error:
+            for fault in (place(number, fault) for fault in error.errors):
+                faults.setdefault((fault.pointer, fault.message), fault)
+    if faults:
+        raise SpecError(list(faults.values()))
+    return tuple(_insert(session, actor, row, None).job_id for row in rows)
+
+
 def preview_job(db: Database, request: Request) -> JobPreview:
     """What `submit_job` would store. Raises SpecError."""
     with db.reader() as session:
@@ -232,15 +254,17 @@ def _look_up(
         source, init_from = found or (None, None)
     data = data_of(spec, source)
     known: Mapping[str, DatasetCard] = {}
-    if data is not None and isinstance(data.source, FolderSource):
+    named = [*probed_sources(spec), *([] if data is None else [data.source])]
+    if any(isinstance(one, FolderSource) for one in named):
         known = registered_datasets(session)
     if for_plan:
         known = {**PLANNING_CARDS, **known}
     card = None if data is None else _collect(faults, lambda: card_for(data.source, known))
+    filled = _collect(faults, lambda: fill_probes(spec, known))
     _collect(faults, lambda: _check_dependencies(session, spec))
-    if faults:
+    if faults or filled is None:
         raise SpecError(faults)
-    return spec, card, source, init_from
+    return filled, card, source, init_from
 
 
 def _parse(request: Request, *, for_plan: bool) -> JobSpec:

@@ -11,6 +11,7 @@ from configs.cost import Precision, saved_bytes_outside_blocks, saved_bytes_per_
 from configs.model import VitConfig
 from vit import build
 from vit.losses import classification_loss
+from vit.masked import draw_corruption, masked_patch_loss
 
 SIZES: dict[str, Any] = {
     "patch_size": 16,
@@ -37,11 +38,17 @@ def saved_bytes(config: VitConfig, batch: int, precision: Precision, *, checkpoi
 
     images = torch.randn(batch, config.in_channels, *config.image_size)
     labels = torch.zeros(batch, dtype=torch.int64)
+    rows, columns = config.grid
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        classification_loss(model(images), labels, "softmax")
+        if config.has_classifier:
+            classification_loss(model(images), labels, "softmax")
+        else:
+            corruption = draw_corruption(batch, rows * columns)
+            logits = model(images, sources=corruption.sources)
+            masked_patch_loss(logits, torch.zeros(batch, rows * columns, dtype=torch.int64), corruption.chosen)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -71,6 +78,8 @@ def modelled_bytes(config: VitConfig, batch: int, precision: Precision) -> int:
         {"pos_embed": "relative", "pool": "gap"},
         {"patch_size": 1, "stem": {"layers": (2, 1, 1), "width": 32}},
         {"patch_size": 4, "stem": {"layers": (), "width": 32}},
+        {"head": "masked_patch", "num_classes": 512},
+        {"head": "masked_patch", "num_classes": 512, "pool": "gap", "registers": 1},
     ],
 )
 def test_what_autograd_saves(precision: Precision, fields: dict[str, Any]) -> None:

@@ -127,7 +127,12 @@ def test_subsets_and_holdouts_change_the_counts() -> None:
     assert counts() == (1000, 200)
     assert counts(data__subset="{fraction: 0.25}") == (250, 200)
     assert counts(data__subset="{per_class: 20}") == (100, 200)
+    assert counts(data__subset="{examples: 300}") == (300, 200)
     assert counts(data__holdout="{fraction: 0.1}") == (900, 100)
+    assert counts(data__holdout="{examples: 150}") == (850, 150)
+    assert counts(data__holdout="{examples: 150}", data__subset="{examples: 300}") == (300, 150)
+    assert counts(data__holdout="{examples: 150, of: subset}", data__subset="{examples: 300}") == (150, 150)
+    assert counts(data__holdout="{fraction: 0.1, of: subset}", data__subset="{per_class: 40}") == (180, 20)
     assert counts(data__holdout="{fraction: 0.1}", data__subset="{fraction: 0.5}") == (450, 100)
     assert resolved(PRETRAIN, data__subset="{fraction: 0.5}").schedule.total_steps == round(3 * 500 / 64)
 
@@ -148,6 +153,25 @@ def test_a_batch_must_fit_into_what_the_subset_leaves() -> None:
 
 def test_too_large_a_subset_is_refused() -> None:
     assert "1250" in faults(PRETRAIN, data__subset="{per_class: 250}")["/data/subset/per_class"].message
+    too_many = faults(PRETRAIN, data__subset="{examples: 1001}")["/data/subset/examples"]
+    assert too_many.message == "data.subset.examples 1001, split 'train' has 1000"
+    assert too_many.allowed == "at most 1000"
+    both = faults(
+        PRETRAIN, data__holdout="{examples: 300, of: subset}", data__eval="train", data__subset="{examples: 300}"
+    )
+    assert "leaves none to train on" in both["/data/holdout/examples"].message
+
+
+def test_a_holdout_of_a_subset_needs_one_and_survives_into_evaluations() -> None:
+    with pytest.raises(SpecError, match=r"holdout\.of subset needs a subset"):
+        resolved(PRETRAIN, data__holdout="{examples: 150, of: subset}", data__eval="train")
+    parts = {"data__holdout": "{examples: 150, of: subset}", "data__subset": "{examples: 300}", "data__eval": "train"}
+    trained = resolved(PRETRAIN, **parts).data
+    evaluation = resolve(job(EVALUATE), CARD, source(data=trained))
+    assert isinstance(evaluation, EvaluateJob)
+    assert evaluation.data is not None
+    assert evaluation.data.subset == trained.subset
+    assert num_eval_examples(evaluation.data, CARD) == 150
 
 
 def test_a_holdout_that_takes_everything_is_refused() -> None:

@@ -61,9 +61,11 @@ def make_attempt(
     resume_from: CheckpointSource | None = None,
     init_from: CheckpointSource | None = None,
     parents: tuple[ParentCut, ...] = (),
+    card: DatasetCard | None = None,
 ) -> AttemptFile:
+    """`card`: of the data, where it is a folder."""
     stored = canonical_json(spec)
-    card = card_of(spec)
+    card = card or card_of(spec)
     return AttemptFile(
         job_id=job_id,
         attempt_id=f"att_{job_id.removeprefix('job_')}_{number:04d}",

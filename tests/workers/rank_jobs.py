@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class Result:
         return list(self.metrics["train/loss"].values())
 
 
-def run_attempts(ranks: Ranks, runs: list[Run], root: str, make_store: Callable[..., Any] = DirStore) -> list[Result]:
+def run_attempts(
+    ranks: Ranks, runs: list[Run], root: str, make_store: Callable[..., Any] = DirStore, data_root: str | None = None
+) -> list[Result]:
     """Run attempts one after the other in one group. `make_store(root, ranks, reporter)` unless it is DirStore."""
     results = []
     for run in runs:
@@ -57,7 +60,7 @@ def run_attempts(ranks: Ranks, runs: list[Run], root: str, make_store: Callable[
             lambda step, order=order: order[1] if order is not None and step >= order[0] else Desired.RUN
         )
         store = DirStore(root) if make_store is DirStore else make_store(root, ranks, reporter)
-        outcome = run_rank(run.attempt, ranks, reporter, store, None)
+        outcome = run_rank(run.attempt, ranks, reporter, store, None if data_root is None else Path(data_root))
         results.append(Result(outcome, reporter.metrics, reporter.events, reporter.checkpoints, list(reporter.phases)))
     return results
 

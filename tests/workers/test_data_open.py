@@ -149,6 +149,28 @@ def test_a_class_with_too_few_examples_is_named() -> None:
         open_synthetic(subset={"per_class": 21})
 
 
+def test_a_subset_of_so_many_examples_is_exact_and_grows() -> None:
+    small, large = (names(train_of(open_synthetic(subset={"examples": count})[0])) for count in (30, 100))
+    assert (len(small), len(large)) == (30, 100)
+    assert small < large
+    assert small != names(train_of(open_synthetic(subset={"examples": 30, "seed": 1})[0]))
+
+
+def test_a_holdout_of_the_subset_leaves_the_others_of_it_to_train_on() -> None:
+    """VTAB-1k: 800 and 200 of the 1,000 that the final run trains on."""
+    whole = names(train_of(open_synthetic(subset={"examples": 100, "seed": 3})[0]))
+    parts = {"subset": {"examples": 100, "seed": 3}, "holdout": {"examples": 20, "of": "subset"}}
+    opened, card = open_synthetic(**parts)
+    kept, held = names(train_of(opened)), names(opened.eval)
+    assert (len(kept), len(held)) == (80, 20)
+    assert kept | held == whole
+    assert kept.isdisjoint(held)
+    data = data_config(source={"type": "synthetic", "image_size": 16, "num_train": 200, "num_eval": 50}, **parts)
+    assert (num_train_examples(data, card), num_eval_examples(data, card)) == (80, 20)
+    alone = open_synthetic(eval_only=True, **parts)[0]
+    assert names(alone.eval) == held
+
+
 def test_parts_read_the_right_images() -> None:
     opened, _ = open_synthetic(holdout={"fraction": 0.25}, subset={"fraction": 0.5})
     whole = train_of(open_synthetic()[0])

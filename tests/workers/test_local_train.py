@@ -19,6 +19,7 @@ import vit
 from tests.fakes.dir_store import DirStore
 from tests.ranks import run_ranks
 from tests.workers.attempts import TINY, make_attempt, saved_at, tiny_spec
+from tests.workers.image_sets import write_folder
 from tests.workers.rank_jobs import Run, run_attempts
 from workers.checkpoint import read_weights
 
@@ -125,3 +126,14 @@ def test_what_cannot_be_run_here_is_refused(tmp_path: Path) -> None:
     code, text = run_to_end(tmp_path, folder, "--data-root", str(tmp_path))
     assert code == 2
     assert "/data/source/name" in text
+
+
+def test_masked_patches_and_probes_of_a_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data" / "pets", {"train": 4, "test": 3})
+    probes = {"shots": [2], "num_seeds": 1, "datasets": [{"source": {"type": "folder", "name": "pets"}}]}
+    spec = spec_of(train={"objective": "masked_patch"}, eval={"at_end": True, "few_shot": probes})
+    code, text = run_to_end(tmp_path, spec, "--data-root", str(tmp_path / "data"))
+    assert code == 0, text
+    points = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {p["name"] for p in points} >= {"train/top1", "eval/loss", "eval/few_shot/pets/2"}
+    assert "mask_token" in vit.load(tmp_path / "out" / "model").state_dict()

@@ -11,12 +11,17 @@ import torch
 import vit
 from configs.data import DataConfig
 from configs.datasets import card_for
+from configs.folder_index import card as card_of_index
+from configs.folder_index import scan
+from configs.layout import dataset_index_key
 from configs.load import parse_spec
+from configs.probe_cards import fill_probes
 from configs.reasons import ExitReason
 from configs.resolve import SourceCheckpoint, resolve
 from tests.fakes.dir_store import DirStore
 from tests.ranks import run_ranks
 from tests.workers.attempts import OTHER_JOB, card_of, make_attempt, saved_at, tiny_spec
+from tests.workers.image_sets import write_folder
 from tests.workers.rank_jobs import Result, Run, run_attempts
 from vit.few_shot import choose_shots, few_shot_accuracy, knn_accuracy
 from workers.checkpoint import read_manifest, read_weights
@@ -113,3 +118,40 @@ def test_training_measures_what_an_evaluate_job_does(trained: Any, stage: int) -
     assert found.keys() == {name for name in expected if "few_shot" in name}
     assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-9)
     assert read_manifest(store, saved_at(6, stage + 1).prefix).metrics.items() >= found.items()
+
+
+def test_other_data_sets_are_probed_by_their_names(trained: Any, tmp_path: Any) -> None:
+    """The job's own data under another name gives the job's own numbers; a folder is what it was at submission."""
+    store, _ = trained
+    write_folder(tmp_path / "pets", {"train": 6, "test": 5}, classes=("cat", "dog", "newt"))
+    index = scan(tmp_path, "pets", "pets")
+    key = dataset_index_key("pets", index.fingerprint.removeprefix("sha256:"))
+    store.put(key, index.model_dump_json().encode())
+    datasets = [{"name": "same", **DATA}, {"source": {"type": "folder", "name": "pets"}}]
+    asked = {
+        "few_shot": PROBES["few_shot"] | {"datasets": datasets},
+        "neighbours": PROBES["neighbours"] | {"datasets": datasets[1:]},
+    }
+    spec = fill_probes(evaluation(store, saved_at(6, 2), **asked), {"pets": card_of_index(index, key)})
+    attempt = make_attempt(spec, 2, 7, OTHER_JOB, init_from=saved_at(6, 2))
+    result = run_ranks(2, run_attempts, [Run(attempt)], str(store.root), DirStore, str(tmp_path))[0][0]
+    assert result.outcome.reason is ExitReason.COMPLETED, result.outcome
+    found = {name: points[6] for name, points in result.metrics.items()}
+    expected = by_hand(store, saved_at(6, 2))
+    for shots in ("1", "1_std", "3", "3_std"):
+        assert found[f"eval/few_shot/same/{shots}"] == pytest.approx(expected[f"eval/few_shot/{shots}"], abs=1e-9)
+        assert 0.0 <= found[f"eval/few_shot/pets/{shots}"] <= 1.0
+    assert found["eval/knn/pets"] in [count / 15 for count in range(16)]
+    probed = {name for name in found if "few_shot" in name or "knn" in name}
+    assert len(probed) == 9, "the job's own data is not probed, which is not named"
+    assert found["eval/num_examples"] == 21
+
+
+def test_a_folder_that_is_gone_ends_the_job(trained: Any, tmp_path: Any) -> None:
+    store, _ = trained
+    lost = {"source": {"type": "folder", "name": "lost"}, "fingerprint": "sha256:1234"}
+    spec = evaluation(store, saved_at(6, 2), few_shot={"shots": [1], "datasets": [lost]})
+    attempt = make_attempt(spec, 1, 8, OTHER_JOB, init_from=saved_at(6, 2))
+    outcome = run_ranks(1, run_attempts, [Run(attempt)], str(store.root))[0][0].outcome
+    assert outcome.reason is ExitReason.DATA_ERROR
+    assert "the index of data set lost" in outcome.message

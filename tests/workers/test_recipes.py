@@ -44,6 +44,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "ema, head": {"train": {"ema_decay": 0.7}, "optim": {"name": "sgd", "lr": 0.5, "train": "head"}},
     "bce": {"train": {"loss": "bce"}, "optim": {"lr": 0.02}},
+    "masked patches": {
+        "train": {"objective": "masked_patch", "ema_decay": 0.7},
+        "eval": {"every_steps": 3, "at_end": True, "weights": "ema"},
+        "optim": {"lr": 0.02, "layer_decay": 0.7},
+    },
+    "masked patches of a hybrid": {
+        "model": {"patch_size": 1, "stem": {"layers": [1], "width": 32}, "pool": "gap", "registers": 1},
+        "train": {"objective": "masked_patch", "activation_checkpointing": True},
+        "optim": {"lr": 0.02},
+    },
     "layer scale, mean of patches": {
         "model": {"layer_scale": 0.1, "pool": "patch_mean", "drop_path_rule": "uniform"},
         "data": {"source": SOURCE, "augment": {"crop": "simple"}},

@@ -39,7 +39,8 @@ def open_data(
 ) -> OpenedData:
     """The training and evaluation images of a job, as `in_channels` channels.
 
-    With a holdout, evaluation is on the held-out part of the training split. The subset is taken of what remains.
+    With a holdout, evaluation is on the held-out part of the training split. The subset is taken of what remains, or,
+    with a holdout of the subset, before it.
     `read_index(key)` fetches a registered folder's index from the object store.
 
     Raises:
@@ -60,9 +61,12 @@ def open_data(
         train = None if eval_only else open_split(data.train)
     else:
         whole = open_split(data.train)
+        if data.holdout.of == "subset":
+            assert data.subset is not None, "DataConfig has checked it"
+            whole = Selection(whole, _subset(whole.labels, card.num_classes, data.subset))
         kept, held_out = _hold_out(len(whole), data.holdout)
         evaluated, train = Selection(whole, held_out), Selection(whole, kept)
-    if train is not None and data.subset is not None:
+    if train is not None and data.subset is not None and (data.holdout is None or data.holdout.of == "split"):
         train = Selection(train, _subset(train.labels, card.num_classes, data.subset))
     return OpenedData(None if eval_only else train, evaluated, card.class_names)
 
@@ -102,7 +106,7 @@ def check_against_card(source: ImageSource, card: DatasetCard, split: str) -> No
 
 def _hold_out(num_examples: int, holdout: Holdout) -> tuple[Indices, Indices]:
     """The indices to train on and those held out, each ascending; chosen by random keys, never by slice."""
-    num_held = num_held_out(num_examples, holdout.fraction)
+    num_held = num_held_out(num_examples, holdout)
     chosen = _by_random_key(random_bits(Stream.HOLDOUT, holdout.seed, np.arange(num_examples)))
     return np.sort(chosen[num_held:]), np.sort(chosen[:num_held])
 
@@ -112,6 +116,8 @@ def _subset(labels: Indices, num_classes: int, subset: Subset) -> Indices:
     chosen = _by_random_key(random_bits(Stream.SUBSET, subset.seed, np.arange(len(labels))))
     if subset.fraction is not None:
         return np.sort(chosen[: num_in_subset(len(labels), subset.fraction)])
+    if subset.examples is not None:
+        return np.sort(chosen[: subset.examples])
     assert subset.per_class is not None
     counts = np.bincount(labels, minlength=num_classes)
     if counts.min() < subset.per_class:

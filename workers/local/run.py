@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from configs.data import FolderSource
+from configs.data import FolderSource, Source
 from configs.datasets import card_for
 from configs.errors import SpecError
 from configs.folder_index import FolderError, card, scan
@@ -37,6 +37,7 @@ from configs.imports import ImportModel, ImportPreprocess
 from configs.layout import attempt_key, checkpoint_prefix, checkpoints_prefix, dataset_index_key, upload_key
 from configs.lineage import cuts, join_skips, newest, parents_of_next
 from configs.load import apply_overrides, parse_spec
+from configs.probe_cards import fill_probes, probed_sources
 from configs.reasons import EXIT_REASONS, ExitReason
 from configs.resolve import SourceCheckpoint, canonical_json, resolve, spec_hash, training_fingerprint
 from configs.spec import FinetuneJob, ImportJob, PretrainJob, TrainingJob, UploadedFile
@@ -90,8 +91,8 @@ def train_here(
     spec = parse_spec(raw)
     if not isinstance(spec, PretrainJob | FinetuneJob):
         raise SpecError.at("/kind", "this command trains", spec.kind, "pretrain, finetune")
-    dataset = _dataset(spec, store, data_root)
-    resolved = resolve(spec, dataset, source)
+    dataset = _dataset(spec.data.source, store, data_root)
+    resolved = resolve(fill_probes(spec, _probed_folders(spec, store, data_root)), dataset, source)
     assert isinstance(resolved, PretrainJob | FinetuneJob)
     attempt = _next_attempt(store, resolved, dataset, source, out)
     outcome = _run(attempt, resolved, store, data_root, out, console)
@@ -170,8 +171,12 @@ def _ulid_of(digest: str) -> str:
     return "".join(alphabet[(number >> (5 * place)) & 31] for place in reversed(range(26)))
 
 
-def _dataset(spec: TrainingJob, store: FolderStore, data_root: Path | None) -> DatasetCard:
-    source = spec.data.source
+def _probed_folders(spec: TrainingJob, store: FolderStore, data_root: Path | None) -> dict[str, DatasetCard]:
+    folders = [source for source in probed_sources(spec) if isinstance(source, FolderSource)]
+    return {source.name: _dataset(source, store, data_root) for source in folders}
+
+
+def _dataset(source: Source, store: FolderStore, data_root: Path | None) -> DatasetCard:
     if not isinstance(source, FolderSource):
         return card_for(source, {})
     if data_root is None:
