@@ -74,7 +74,7 @@ def test_a_valid_job_parses() -> None:
         ("data__source", {"type": "synthetic", "num_train": 0}, "/data/source/num_train", ["0", "at least 1"]),
         ("data__mean", [0.1, 0.2], "/data/mean", ["one value or three", "2"]),
         ("data__std", [0.0], "/data/std/0", ["0", "above 0"]),
-        ("data__subset", {}, "/data/subset", ["exactly one of fraction and per_class"]),
+        ("data__subset", {}, "/data/subset", ["exactly one of fraction, examples and per_class"]),
         ("data__subset__fraction", 1.5, "/data/subset/fraction", ["1.5", "at most 1"]),
         ("data__augment__crop_area", [0.9, 0.1], "/data/augment/crop_area", ["0.9"]),
         ("schedule__total_steps", 5, "/schedule", ["exactly one of", "total_steps, total_epochs"]),
