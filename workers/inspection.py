@@ -183,7 +183,7 @@ def look_at(
     model: vit.ViT, batch: Batch, data: DataConfig, device: torch.device, *, roll: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Distances (b, L, H) of a batch's images, less those that could not be read, and with `roll` the images, their
-    labels, what the model takes them for, and their rollouts, by name."""
+    labels, what the model takes them for (-1: it has no classifier), and their rollouts, by name."""
     config = model.config
     shown = batch.images[batch.mask]
     images = normalise(shown.to(device), data.mean, data.std)
@@ -206,11 +206,18 @@ def look_at(
             parts = {
                 "images": shown,
                 "labels": batch.labels[batch.mask],
-                "predicted": model.forward_head(features).argmax(dim=1).cpu(),
+                "predicted": _predicted(model, features).cpu(),
                 "plain": rollout_map(model, features, plain).cpu(),
                 "residual": rollout_map(model, features, residual).cpu(),
             }
     return torch.stack(by_layer, dim=1), parts
+
+
+def _predicted(model: vit.ViT, features: Tensor) -> Tensor:
+    """The class of each image, int64 (n,); -1 where the model has no classifier."""
+    if not model.config.has_classifier:
+        return torch.full((features.shape[0],), -1)
+    return model.forward_head(features).argmax(dim=1)
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -252,7 +259,7 @@ def _draw_distance(config: VitConfig, looked: Looked) -> Drawing:
 
 def _class_names(config: VitConfig, card: DatasetCard | None) -> tuple[str, ...] | None:
     """None where the model was trained to tell other classes apart than the images have."""
-    if card is None or card.class_names is None or card.num_classes != config.num_classes:
+    if card is None or card.class_names is None or card.num_classes != config.num_classes or not config.has_classifier:
         return None
     return card.class_names
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import vit
 from configs.data import DataConfig
-from configs.layout import export_prefix
+from configs.layout import export_prefix, pictures_prefix
 from configs.load import parse_spec
 from configs.reasons import ExitReason
 from configs.resolve import SourceCheckpoint, resolve
@@ -89,7 +90,7 @@ def test_what_is_evaluated_is_what_the_weights_say(trained: Any) -> None:
     assert found["eval/top1"][40] == pytest.approx(float((predicted.argmax(dim=1) == truth).double().mean()), abs=1e-9)
 
 
-def test_its_checkpoint_is_fine_tuned_probed_and_exported(trained: Any) -> None:
+def test_its_checkpoint_is_fine_tuned_probed_exported_and_inspected(trained: Any) -> None:
     store, _ = trained
     manifest = read_manifest(store, CHECKPOINT.prefix)
     assert manifest.model.has_classifier is False
@@ -100,16 +101,17 @@ def test_its_checkpoint_is_fine_tuned_probed_and_exported(trained: Any) -> None:
         TINY | one | {"kind": "finetune", "model": {"image_size": 12}, "eval": {"at_end": True}},
         one | {"kind": "evaluate", "neighbours": {"k": 3}},
         one | {"kind": "export"},
+        one | {"kind": "inspect", "num_images": 4, "num_rollout_images": 2},
     ]
     runs = []
-    for letter, raw in zip("MNP", jobs, strict=True):
+    for letter, raw in zip("MNPQ", jobs, strict=True):
         job = parse_spec(raw)
         card = None if raw["kind"] == "export" else card_of(tiny_spec())
         attempt = make_attempt(
             resolve(job, card, source), 1, 1, f"job_01JZZZZZZZZZZZZZZZZZZZZZZ{letter}", init_from=CHECKPOINT
         )
         runs.append(Run(attempt))
-    tuned, probed, exported = run_ranks(1, run_attempts, runs, str(store.root))[0]
+    tuned, probed, exported, inspected = run_ranks(1, run_attempts, runs, str(store.root))[0]
     assert tuned.outcome.reason is ExitReason.COMPLETED, tuned.outcome
     assert tuned.losses[0] == pytest.approx(math.log(6), abs=1e-5), "a new head, for the classes of the data"
     assert tuned.metrics["eval/top1"]
@@ -119,3 +121,7 @@ def test_its_checkpoint_is_fine_tuned_probed_and_exported(trained: Any) -> None:
     model = vit.load(store.root / export_prefix("job_01JZZZZZZZZZZZZZZZZZZZZZZP", "safetensors"))
     weights, _ = read_weights(store, CHECKPOINT.prefix)
     assert torch.equal(model.state_dict()["mask_token"], weights["mask_token"])
+    assert inspected.outcome.reason is ExitReason.COMPLETED, inspected.outcome
+    pictures = store.root / pictures_prefix("job_01JZZZZZZZZZZZZZZZZZZZZZZQ")
+    with np.load(pictures / "attention_rollout.npz") as numbers:
+        assert numbers["predicted"].tolist() == [-1, -1], "there is no classifier"
