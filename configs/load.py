@@ -30,6 +30,7 @@ from configs.spec import (
     ImportJob,
     JobSpec,
     PretrainJob,
+    SearchJob,
     job_spec_adapter,
 )
 from configs.text import MAX_DEPTH, check_tree, parse_text, parse_value
@@ -53,6 +54,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateJob,
     "export": ExportJob,
     "import": ImportJob,
+    "search": SearchJob,
 }
 
 MAX_OVERRIDES = 200

@@ -29,7 +29,7 @@ from configs.cost import (
 from configs.errors import SpecError, close_matches
 from configs.model import NetworkConfig
 from configs.resolve import SourceCheckpoint, num_eval_examples, num_train_examples, resolve
-from configs.spec import EvaluateJob, ExportJob, ImportJob, JobSpec, TrainingJob
+from configs.spec import EvaluateJob, ExportJob, ImportJob, JobSpec, SearchJob, TrainingJob
 from configs.wire import DatasetCard
 
 ASSUMED_MFU = 0.40
@@ -103,6 +103,9 @@ def plan(
         return _plan_export(source)
     if isinstance(spec, ImportJob):
         return Plan(kind="import", world_size=1, notes=("Reads one file and writes its weights as a checkpoint.",))
+    if isinstance(spec, SearchJob):
+        message = "kind search: plan its base, which is what a trial takes; POST /v1/plans does so"
+        raise SpecError.at("/kind", message, "search", "pretrain, finetune, evaluate, export")
     if isinstance(spec, EvaluateJob):
         return _plan_evaluation(resolve(spec, card, source), card, source)
     assert card is not None

@@ -18,7 +18,16 @@ from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.inherit import SourceCheckpoint, grid_faults, inherit, kept_head_faults, patch_faults
 from configs.model import ModelConfig, NetworkConfig
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, PretrainJob, job_spec_adapter
+from configs.spec import (
+    EvaluateJob,
+    ExportJob,
+    FinetuneJob,
+    ImportJob,
+    JobSpec,
+    PretrainJob,
+    SearchJob,
+    job_spec_adapter,
+)
 from configs.train import Every, Schedule
 from configs.wire import DatasetCard
 
@@ -35,13 +44,13 @@ __all__ = [
     "training_fingerprint",
 ]
 
-Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob)
+Job = TypeVar("Job", bound=PretrainJob | FinetuneJob | EvaluateJob | ExportJob | ImportJob | SearchJob)
 
 
 def data_of(spec: JobSpec, source: SourceCheckpoint | None = None) -> DataConfig | None:
-    """The data a job reads: its own, or (evaluate) that of its checkpoint. None: it reads none (export, import), or
-    unknown."""
-    if isinstance(spec, ExportJob | ImportJob):
+    """The data a job reads: its own, or (evaluate) that of its checkpoint. None: it reads none (export, import; of a
+    search its trials do), or unknown."""
+    if isinstance(spec, ExportJob | ImportJob | SearchJob):
         return None
     if spec.data is not None:
         return spec.data

@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.data import Augment, DataConfig
 from configs.errors import FieldError, value_at
-from configs.spec import EvaluateJob, FinetuneJob, JobSpec, PretrainJob
+from configs.spec import EvaluateJob, FinetuneJob, JobSpec, PretrainJob, SearchJob
 
 
 def unused_fields(raw: Mapping[str, Any], spec: JobSpec) -> list[FieldError]:
@@ -20,6 +20,10 @@ def unused_fields(raw: Mapping[str, Any], spec: JobSpec) -> list[FieldError]:
         faults = _of_evaluation(spec.data)
     elif isinstance(spec, PretrainJob | FinetuneJob):
         faults = _of_training(spec)
+    elif isinstance(spec, SearchJob):
+        faults = iter(
+            (("resources", "in a search: it holds what concurrency trials of base.resources take", "nothing"),)
+        )
     else:
         return []
     return [

@@ -124,6 +124,9 @@ class AttemptFile(Stored):
     """Start from these weights only (fine-tune, evaluate, export)."""
     skips: tuple[DataSkip, ...] = ()
     """Data that rollbacks of this job passed over."""
+    resume_fingerprint: str | None = None
+    """Of the checkpoint to continue from, where that is another trial's with other settings; else this attempt's own
+    training fingerprint is asked of it."""
     created_at: AwareDatetime
 
 
@@ -167,7 +170,16 @@ NoNul = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text that every database holds."""
 MetricName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_./-]+$")]
 Phase = Literal[
-    "starting", "building", "loading", "training", "evaluating", "saving", "finishing", "exporting", "importing"
+    "starting",
+    "building",
+    "loading",
+    "training",
+    "evaluating",
+    "saving",
+    "finishing",
+    "exporting",
+    "importing",
+    "searching",
 ]
 
 

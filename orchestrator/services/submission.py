@@ -22,10 +22,12 @@ from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec
+from configs.search_trials import check_search, resolve_search
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, JobSpec, SearchJob, TrainingJob
 from configs.states import JobState
 from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
+from orchestrator.control.trials import copy_trials
 from orchestrator.schemas import JobCreate, JobPreview
 from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import Answer, Key, claim, remember
@@ -34,7 +36,7 @@ from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.registry import resolve_ref
-from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow
+from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow, SearchRow
 
 _Found = TypeVar("_Found")
 _UNDECIDED = "ckpt_undecided"
@@ -115,14 +117,17 @@ def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) ->
         earlier = claim(session, key)
         if earlier is not None:
             return _replayed(earlier)
-        row = _row(request, prepare(session, request, hold=True))
-        return _insert(session, actor, row, key)
+        prepared = prepare(session, request, hold=True)
+        submitted = _insert(session, actor, job_row(request, prepared), key)
+        if isinstance(prepared.spec, SearchJob):
+            session.add(SearchRow(job_id=submitted.job_id, num_trials=prepared.spec.budget.trials))
+        return submitted
 
 
 def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> str:
     """Queue the import of an uploaded file, in the caller's transaction; returns the job's id. Raises SpecError."""
     spec = parse_spec(document)
-    row = _row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
+    row = job_row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
     return _insert(session, actor, row, None).job_id
 
 
@@ -149,7 +154,10 @@ def plan_job(db: Database, request: Request) -> Plan:
         SpecError: with a pointer for every fault.
     """
     with db.reader() as session:
-        spec, card, source, _ = _look_up(session, request, for_plan=True, hold=False)
+        spec = _parse(request, for_plan=True)
+        if isinstance(spec, SearchJob):
+            return _prepare_search(session, spec, hold=False).plan
+        spec, card, source, _ = _look_up(session, spec, for_plan=True, hold=False)
     return plan(spec, card, request.gpu, source)
 
 
@@ -177,6 +185,9 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
             _require(session, old.init_from)
         row = _copy(old, checkpoint)
         submitted = _insert(session, actor, row, key)
+        if old.kind == "search":
+            limits = session.get_one(SearchRow, old.id)
+            copy_trials(session, old, row.id, limits.num_trials)
         how = f"from step {checkpoint.step}" if checkpoint is not None else "from the start"
         record(session, job_id, "job.retried", f"Retried as {row.id}, {how}", actor.name, data={"job_id": row.id})
         return submitted
@@ -196,8 +207,29 @@ def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:
     Raises:
         SpecError: with a pointer for every fault.
     """
-    spec, card, source, init_from = _look_up(session, request, for_plan=False, hold=hold)
+    spec = _parse(request, for_plan=False)
+    if isinstance(spec, SearchJob):
+        return _prepare_search(session, spec, hold=hold)
+    spec, card, source, init_from = _look_up(session, spec, for_plan=False, hold=hold)
     return Prepared(resolve(spec, card, source), card, init_from, plan(spec, card, None, source))
+
+
+def _prepare_search(session: Session, search: SearchJob, *, hold: bool) -> Prepared:
+    """A search whose space was tried at its corners: each of them a whole job."""
+    _check_dependencies(session, search)
+    made: list[Prepared] = []
+
+    def complete(raw: dict[str, Any]) -> TrainingJob:
+        prepared = prepare(session, Request(raw, {}), hold=hold)
+        assert isinstance(prepared.spec, TrainingJob), "trials are trainings"
+        made.append(prepared)
+        return prepared.spec
+
+    resolved = resolve_search(search, check_search(search, complete))
+    note = f"Of one trial; the search makes {resolved.budget.trials}."
+    of_trial = made[0].plan
+    planned = of_trial.model_copy(update={"notes": (note, *of_trial.notes)})
+    return Prepared(resolved, None, made[0].init_from, planned)
 
 
 def registered_datasets(session: Session) -> dict[str, DatasetCard]:
@@ -207,16 +239,15 @@ def registered_datasets(session: Session) -> dict[str, DatasetCard]:
 
 # -- what a description refers to --------------------------------------------------------------------------------------
 def _look_up(
-    session: Session, request: Request, *, for_plan: bool, hold: bool
+    session: Session, spec: JobSpec, *, for_plan: bool, hold: bool
 ) -> tuple[JobSpec, DatasetCard | None, SourceCheckpoint | None, str | None]:
-    """The parsed spec with its data set's card, the checkpoint it starts from, and how that is stored."""
-    spec = _parse(request, for_plan=for_plan)
+    """The spec with its data set's card, the checkpoint it starts from, and how that is stored."""
     if isinstance(spec, ImportJob):
         raise SpecError.at(
             "/kind",
             "an import begins with its file: POST /v1/checkpoints:import, or `patchwork import`",
             "import",
-            "pretrain, finetune, evaluate, export",
+            "pretrain, finetune, evaluate, export, search",
         )
     faults: list[FieldError] = []
     source, init_from = None, None
@@ -282,7 +313,8 @@ def _require(session: Session, checkpoint_id: str) -> None:
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
-def _row(request: Request, prepared: Prepared) -> JobRow:
+def job_row(request: Request, prepared: Prepared) -> JobRow:
+    """The row of a new job, in no session yet."""
     spec, card = prepared.spec, prepared.dataset
     stored = canonical_json(spec)
     return JobRow(
@@ -299,7 +331,7 @@ def _row(request: Request, prepared: Prepared) -> JobRow:
         init_from=prepared.init_from,
         plan=prepared.plan.model_dump(mode="json"),
         priority=spec.queue.priority,
-        total_steps=None if isinstance(spec, EvaluateJob | ExportJob | ImportJob) else spec.schedule.total_steps,
+        total_steps=spec.schedule.total_steps if isinstance(spec, TrainingJob) else None,
     )
 
 
