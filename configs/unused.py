@@ -21,9 +21,8 @@ def unused_fields(raw: Mapping[str, Any], spec: JobSpec) -> list[FieldError]:
     elif isinstance(spec, PretrainJob | FinetuneJob):
         faults = _of_training(spec)
     elif isinstance(spec, SearchJob):
-        faults = iter(
-            (("resources", "in a search: it holds what concurrency trials of base.resources take", "nothing"),)
-        )
+        why = "in a search: it holds what concurrency trials of base.resources take"
+        faults = iter([("resources", why, "nothing")])
     else:
         return []
     return [

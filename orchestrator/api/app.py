@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from configs.search_wire import TrialCreate, TrialEnd
 from configs.wire import ClaimRequest, ReportBatch
 from orchestrator.api import catalog, checkpoints, health, internal, jobs, telemetry, tokens, uploads
 from orchestrator.api.deps import Services
@@ -49,6 +50,8 @@ _REFERENCED: tuple[type[BaseModel], ...] = (
     TokenCreate,
     ClaimRequest,
     ReportBatch,
+    TrialCreate,
+    TrialEnd,
 )
 
 

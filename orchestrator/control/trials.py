@@ -57,5 +57,5 @@ def copy_trials(session: Session, old: JobRow, new_id: str, num_trials: int) -> 
     for row in rows:
         if session.get_one(JobRow, row.job_id).reason == ExitReason.SEARCH_ENDED:
             continue
-        values = {column: getattr(row, column) for column in TrialRow.__table__.columns.keys()}
+        values = {column.name: getattr(row, column.name) for column in TrialRow.__table__.columns}
         session.add(TrialRow(**(values | {"search_id": new_id})))

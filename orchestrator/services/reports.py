@@ -1,7 +1,7 @@
 """What drivers tell the control plane: the claim of an attempt, then batches of heartbeats, metrics and events.
 
-Never writes `JobRow.state`, except that a trial runs: the reconciler reads what is noted here and decides. A batch changes everything it says in
-one transaction, or, when it was seen before, nothing.
+Never writes `JobRow.state`, except that a trial runs: the reconciler reads what is noted here and decides. A batch
+changes everything it says in one transaction, or, when it was seen before, nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the driver of a search asks of the control plane: its trials as they are, a new one, the beginning and the end of
-a trial's attempts.
+"""What the driver of a search asks of the control plane: its trials as they are, a new one, the beginning and the end
+of a trial's attempts.
 
 A trial is a job that the queue leaves alone. Its state moves by the same rules as any job's (decide.conclude,
 retries.follow, attempts.end_attempt), only that the search's driver brings the news instead of the reconciler. Every
@@ -163,7 +163,7 @@ def create_trial(db: Database, attempt_id: str, request: TrialCreate) -> TrialRe
                 raise Conflict(f"Trial {request.number} of {search.id} is another one.")
             return trial_record(session, there, session.get_one(JobRow, there.job_id), spec.metric)
         job = _new_job(session, search, spec, request, attempt_id)
-        fields: dict[str, Any] = request.model_dump(include=set(TrialRow.__table__.columns.keys()))
+        fields: dict[str, Any] = request.model_dump(include={column.name for column in TrialRow.__table__.columns})
         row = TrialRow(search_id=search.id, job_id=job.id, **fields)
         session.add(row)
         _mark_ended(session, search, row, job)
