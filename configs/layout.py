@@ -10,6 +10,7 @@
     exports/<format>/…                      what an export job made
     tensorboard/events.out.tfevents.0003.000007   its metrics for TensorBoard: attempt and part
     report.json                             what an evaluate job found (EvaluationReport)
+    search/report.json, search/report.png   what a search found (SearchReport), and pictures of it
 <prefix>uploads/<upload>/file               a weights file on its way to an import job
 <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
 """
@@ -69,6 +70,14 @@ def export_prefix(job_id: str, fmt: str) -> str:
 
 def report_key(job_id: str) -> str:
     return f"{job_prefix(job_id)}report.json"
+
+
+def search_report_key(job_id: str) -> str:
+    return f"{job_prefix(job_id)}search/report.json"
+
+
+def search_picture_key(job_id: str) -> str:
+    return f"{job_prefix(job_id)}search/report.png"
 
 
 def tensorboard_prefix(job_id: str) -> str:

@@ -38,11 +38,13 @@ class SettingResult:
 
 
 def by_setting(search: SearchJob, trials: Iterable[TrialRecord]) -> list[SettingResult]:
-    """The settings that were tried, in order. The final run is none of them."""
+    """The settings that were tried, in order. The final run is none of them; in population-based training every trial
+    has a setting of its own, since those that replace others go on with changed ones."""
     groups: dict[int, list[TrialRecord]] = {}
     for trial in sorted(trials, key=lambda t: t.number):
         if trial.role == "trial":
-            groups.setdefault(trial.setting, []).append(trial)
+            key = trial.number if search.scheduler.name == "pbt" else trial.setting
+            groups.setdefault(key, []).append(trial)
     return [
         SettingResult(
             number,

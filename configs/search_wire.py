@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import AwareDatetime, Field
+
 from configs.base import Stored
 from configs.states import JobState
 from configs.wire import AttemptFile, Count, ExitFile
@@ -40,6 +42,8 @@ class TrialRecord(Stored):
     """The place of this trial's end among all ends, from 1."""
     curve: tuple[tuple[int, float], ...] = ()
     """Step and value of the search's metric, by step; values that are not finite are left out."""
+    has_metric: bool = False
+    """The metric came, were it only as values that are not finite."""
     step: int = 0
     total_steps: int | None = None
     gpu_seconds: float = 0.0
@@ -102,3 +106,37 @@ class TrialEnded(Stored):
     trial: TrialRecord
     delay_s: float = 0.0
     """Of a trial that has not ended: when to begin it again."""
+
+
+# -- what it found -----------------------------------------------------------------------------------------------------
+class SettingReport(Stored):
+    """A setting with its rank's evidence."""
+
+    params: dict[str, Any]
+    mean: float
+    std: float | None
+    """Over repeats; null of one."""
+    trials: tuple[int, ...]
+    is_complete: bool
+
+
+class SearchReport(Stored):
+    """`search/report.json`."""
+
+    schema_version: int = 1
+    job_id: str
+    metric: str
+    mode: Literal["max", "min"]
+    algorithm: str
+    scheduler: str
+    best: TrialRecord
+    final: TrialRecord | None = None
+    settings: tuple[SettingReport, ...]
+    """Best first."""
+    importances: dict[str, float] = Field(default_factory=dict)
+    """Of each varied key, together 1 (Optuna's PED-ANOVA); empty where they cannot be told."""
+    states: dict[str, int]
+    """Trials by state."""
+    gpu_seconds: float
+    """Of all trials."""
+    created_at: AwareDatetime

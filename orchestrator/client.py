@@ -93,11 +93,14 @@ class Jobs:
         project: str | None = None,
         name: str | None = None,
         label: Sequence[str] = (),
+        search: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
     ) -> JobPage:
-        """A page of jobs, the newest first. `name`: a part of it; `label`: each key=value."""
+        """A page of jobs, the newest first. `name`: a part of it; `label`: each key=value; `search`: the trials of that
+        search, which are listed in no other way."""
         params: dict[str, Any] = {"kind": kind, "project": project, "name": name, "limit": limit, "cursor": cursor}
+        params["search"] = search
         params |= {"state": list(state) or None, "label": list(label) or None}
         return self._connection.get(JobPage, "/v1/jobs", params)
 

@@ -324,6 +324,9 @@ def account_waste(session: Session, job: JobRow, attempt: AttemptRow, kept_step:
     `perf/step_time_s` points beyond `kept_step`; where it reported none, the time from its first reported step to its
     last progress, divided by the steps in between.
     """
+    if job.kind == "search":
+        # Its steps are trials that ended; what those wasted is counted with them.
+        return
     attempt.to_step = max(attempt.to_step, _last_step_measured(session, attempt))
     lost = max(0, attempt.to_step - kept_step)
     attempt.wasted_steps = lost

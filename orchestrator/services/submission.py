@@ -331,8 +331,15 @@ def job_row(request: Request, prepared: Prepared) -> JobRow:
         init_from=prepared.init_from,
         plan=prepared.plan.model_dump(mode="json"),
         priority=spec.queue.priority,
-        total_steps=spec.schedule.total_steps if isinstance(spec, TrainingJob) else None,
+        total_steps=_total(spec),
     )
+
+
+def _total(spec: JobSpec) -> int | None:
+    """Steps of a training, trials of a search."""
+    if isinstance(spec, SearchJob):
+        return spec.budget.trials
+    return spec.schedule.total_steps if isinstance(spec, TrainingJob) else None
 
 
 _COPIED = (

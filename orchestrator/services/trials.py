@@ -79,6 +79,7 @@ def trial_records(session: Session, search: JobRow) -> tuple[TrialRecord, ...]:
 
 def trial_record(session: Session, trial: TrialRow, job: JobRow, metric: str) -> TrialRecord:
     """A trial's row and its job's as one record."""
+    points = _points(session, job.id, metric)
     return TrialRecord(
         number=trial.number,
         job_id=job.id,
@@ -94,7 +95,8 @@ def trial_record(session: Session, trial: TrialRow, job: JobRow, metric: str) ->
         replaces=trial.replaces,
         asked_after=trial.asked_after,
         told=trial.told,
-        curve=_curve(session, job.id, metric),
+        curve=tuple((point.step, point.value) for point in points if point.value is not None),
+        has_metric=bool(points),
         step=job.step,
         total_steps=job.total_steps,
         gpu_seconds=job.gpu_seconds,
@@ -107,12 +109,11 @@ def search_spec(search: JobRow) -> SearchJob:
     return spec
 
 
-def _curve(session: Session, job_id: str, metric: str) -> tuple[tuple[int, float], ...]:
+def _points(session: Session, job_id: str, metric: str) -> list[Point]:
     where = (MetricRow.job_id == job_id, MetricRow.name == metric, in_lineage(last_valid_steps_of(session, job_id)))
     query = select(MetricRow.step, MetricRow.attempt, MetricRow.value).where(*where)
     rows = session.execute(query.order_by(MetricRow.step, MetricRow.attempt))
-    points = latest_attempts(Point(step, attempt, value) for step, attempt, value in rows)
-    return tuple((point.step, point.value) for point in points if point.value is not None)
+    return list(latest_attempts(Point(step, attempt, value) for step, attempt, value in rows))
 
 
 def _speaking(session: Session, attempt_id: str, *, lock: bool = False) -> tuple[JobRow, AttemptRow]:
