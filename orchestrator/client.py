@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal, Self
 import httpx
 
 from configs.plan import Plan
+from configs.search_wire import SearchReport
 from configs.wire import EvaluationReport, LogLine, Manifest
 from orchestrator.connection import ApiError, Connection, PatchworkError, StreamEnded, Unreachable, check, parse
 from orchestrator.embedded.data_dir import DataDir, default_data_dir
@@ -49,6 +50,7 @@ from orchestrator.schemas import (
     UploadPublic,
     Whoami,
 )
+from orchestrator.search_schemas import SearchPublic, TrialPage, TrialPublic
 
 __all__ = [
     "ApiError",
@@ -212,6 +214,43 @@ class Jobs:
             time.sleep(poll_s)
 
 
+class Searches:
+    """Searches: their trials, what they found, more trials. They are submitted by `jobs.create`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def get(self, job_id: str) -> SearchPublic:
+        return self._connection.get(SearchPublic, f"/v1/searches/{job_id}")
+
+    def trials(self, job_id: str, curves: bool = False) -> tuple[TrialPublic, ...]:
+        """The search's trials by number; with `curves` each has its curve of the metric."""
+        return self._connection.get(
+            TrialPage, f"/v1/searches/{job_id}/trials", {"curves": "true" if curves else None}
+        ).items
+
+    def best(self, job_id: str) -> TrialPublic:
+        """The best trial so far; its `checkpoint` is an ordinary one."""
+        return self._connection.get(TrialPublic, f"/v1/searches/{job_id}/best")
+
+    def report(self, job_id: str) -> SearchReport:
+        """What a search that has succeeded found."""
+        return self._connection.get(SearchReport, f"/v1/searches/{job_id}/report")
+
+    def write_picture(self, job_id: str, out: BinaryIO) -> int:
+        """Write the report's picture, a PNG, into a binary file. Returns the number of bytes."""
+        return self._connection.download(f"/v1/searches/{job_id}/report.png", {}, out)
+
+    def add(self, job_id: str, trials: int) -> JobPublic:
+        """Let the search make more trials. Returns its job, or, if it had ended, the new job that goes on with it."""
+        path = f"/v1/searches/{job_id}/trials"
+        return self._connection.post(JobPublic, path, {"trials": trials}, key=uuid.uuid4().hex)
+
+    def set_slots(self, job_id: str, slots: int | None) -> SearchPublic:
+        """How many trials may run side by side from now on; None: as many as there are workers."""
+        return self._connection.post(SearchPublic, f"/v1/searches/{job_id}/slots", {"slots": slots})
+
+
 class Checkpoints:
     """Checkpoints: what they are, and their files."""
 
@@ -304,6 +343,7 @@ class Client:
         self.is_direct = transport is None
         """Whether requests go over the network, and not through a transport that the caller brought."""
         self.jobs = Jobs(self._connection)
+        self.searches = Searches(self._connection)
         self.checkpoints = Checkpoints(self._connection)
 
     def plan(self, spec: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, gpu: str | None = None) -> Plan:

@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from configs.search_wire import TrialCreate, TrialEnd
 from configs.wire import ClaimRequest, ReportBatch
-from orchestrator.api import catalog, checkpoints, health, internal, jobs, telemetry, tokens, uploads
+from orchestrator.api import catalog, checkpoints, health, internal, jobs, searches, telemetry, tokens, uploads
 from orchestrator.api.deps import Services
 from orchestrator.api.middleware import BodyLimit, RequestLog
 from orchestrator.schemas import (
@@ -26,6 +26,7 @@ from orchestrator.schemas import (
     Problem,
     TokenCreate,
 )
+from orchestrator.search_schemas import SlotsSet, TrialsAdd
 from orchestrator.services.exposition import Exposition
 from orchestrator.services.health import ReadinessProbe
 from orchestrator.services.problems import PROBLEM_JSON, install_handlers
@@ -52,6 +53,8 @@ _REFERENCED: tuple[type[BaseModel], ...] = (
     ReportBatch,
     TrialCreate,
     TrialEnd,
+    TrialsAdd,
+    SlotsSet,
 )
 
 
@@ -69,7 +72,7 @@ def create_app(settings: Settings, db: Database, store: ObjectStore) -> FastAPI:
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
     app.state.exposition = exposition = Exposition(db)
-    for module in (jobs, telemetry, checkpoints, uploads, catalog, tokens, health, internal):
+    for module in (jobs, searches, telemetry, checkpoints, uploads, catalog, tokens, health, internal):
         app.include_router(module.router)
     install_handlers(app)
     # The last one added is the outermost.
@@ -118,7 +121,7 @@ def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _tags() -> list[dict[str, str]]:
-    modules = (jobs, telemetry, checkpoints, uploads, catalog, tokens, health, internal)
+    modules = (jobs, searches, telemetry, checkpoints, uploads, catalog, tokens, health, internal)
     tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in modules]
     return [*tags, {"name": "exports", "description": "What export and evaluate jobs leave."}]
 

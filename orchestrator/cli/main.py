@@ -20,6 +20,7 @@ from orchestrator.cli import (
     output,
     plan,
     report,
+    search,
     stack,
     telemetry,
     train,
@@ -80,6 +81,7 @@ for command, panel in (
     app.command(named, rich_help_panel=panel)(command)
 # For `make demo`: it wants a folder it may empty.
 app.command("demo", hidden=True)(demo.demo)
+app.add_typer(search.search_app, name="search", rich_help_panel=_RUN)
 app.add_typer(imports.checkpoints_app, name="checkpoints", rich_help_panel=_LOOK)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)
 app.add_typer(admin.tokens_app, name="tokens", rich_help_panel=_SERVER)

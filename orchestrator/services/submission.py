@@ -116,9 +116,9 @@ def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) ->
     with db.session() as session:
         earlier = claim(session, key)
         if earlier is not None:
-            return _replayed(earlier)
+            return replayed(earlier)
         prepared = prepare(session, request, hold=True)
-        submitted = _insert(session, actor, job_row(request, prepared), key)
+        submitted = insert_job(session, actor, job_row(request, prepared), key)
         if isinstance(prepared.spec, SearchJob):
             session.add(SearchRow(job_id=submitted.job_id, num_trials=prepared.spec.budget.trials))
         return submitted
@@ -128,7 +128,7 @@ def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> st
     """Queue the import of an uploaded file, in the caller's transaction; returns the job's id. Raises SpecError."""
     spec = parse_spec(document)
     row = job_row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
-    return _insert(session, actor, row, None).job_id
+    return insert_job(session, actor, row, None).job_id
 
 
 def preview_job(db: Database, request: Request) -> JobPreview:
@@ -174,7 +174,7 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
     with db.session() as session:
         earlier = claim(session, key)
         if earlier is not None:
-            return _replayed(earlier)
+            return replayed(earlier)
         find_job(session, job_id)
         # Before the checkpoint's row: retention takes the two locks in this order, too.
         old = lock_job(session, job_id)
@@ -182,9 +182,9 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
         check_action(old, "retry")
         checkpoint = _last_checkpoint(session, old) if resume else None
         if old.init_from is not None and checkpoint is None and "/" not in old.init_from:
-            _require(session, old.init_from)
-        row = _copy(old, checkpoint)
-        submitted = _insert(session, actor, row, key)
+            require_checkpoint(session, old.init_from)
+        row = copy_job(old, checkpoint)
+        submitted = insert_job(session, actor, row, key)
         if old.kind == "search":
             limits = session.get_one(SearchRow, old.id)
             copy_trials(session, old, row.id, limits.num_trials)
@@ -307,7 +307,8 @@ def _check_dependencies(session: Session, spec: JobSpec) -> None:
         raise SpecError(faults)
 
 
-def _require(session: Session, checkpoint_id: str) -> None:
+def require_checkpoint(session: Session, checkpoint_id: str) -> None:
+    """Hold a checkpoint until this transaction ends. Raises SpecError: it is gone."""
     if resolve_ref(session, checkpoint_id, hold=True) is None:
         raise SpecError.at("/init_from", f"checkpoint {checkpoint_id} was deleted", checkpoint_id)
 
@@ -359,7 +360,8 @@ _COPIED = (
 )
 
 
-def _copy(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
+def copy_job(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
+    """A new job as `old` was, in no session yet; with `checkpoint` it goes on from there."""
     return JobRow(
         id=new_job_id(),
         retry_of=old.id,
@@ -369,7 +371,8 @@ def _copy(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
     )
 
 
-def _insert(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
+def insert_job(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
+    """Queue a new job in this transaction, and remember the answer to the request with this key."""
     row.created_by = actor.name
     enqueue(session, row, actor=actor.name, at=datetime.now(UTC))
     public = publish_new(session, row)
@@ -378,5 +381,6 @@ def _insert(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Sub
     return Submitted(row.id, answer, replayed=False)
 
 
-def _replayed(answer: Answer) -> Submitted:
+def replayed(answer: Answer) -> Submitted:
+    """The answer to a request that came before."""
     return Submitted(json.loads(answer.body)["id"], answer, replayed=True)
