@@ -42,9 +42,12 @@ def trial_spec(
     if init_from is not None:
         overrides["init_from"] = init_from
     raw = apply_overrides(search.base, overrides)
+    if (kind := raw.get("kind")) not in (None, "pretrain", "finetune"):
+        # Before its fields, which would all be wrong.
+        raise _not_a_training(kind)
     spec = parse_spec(raw)
     if not isinstance(spec, TrainingJob):
-        raise SpecError.at("/kind", f"kind {spec.kind}: a search varies a pretrain or finetune job", spec.kind)
+        raise _not_a_training(spec.kind)
     overrides = {
         "train.seed": (spec.train.seed + repeat) % 2**31,
         "queue": search.queue.model_dump(mode="json", exclude={"deadline_s"}),
@@ -115,6 +118,11 @@ def workers_per_trial(search: SearchJob) -> int:
 def is_mutable(key: str) -> bool:
     """Whether population-based training may change this key between two steps."""
     return key.startswith(MUTABLE_PREFIXES) and key not in _FIXED
+
+
+def _not_a_training(kind: object) -> SpecError:
+    message = f"kind {show(kind)}: a search varies a pretrain or finetune job"
+    return SpecError.at("/kind", message, kind, "pretrain, finetune")
 
 
 def _fixed_keys(search: SearchJob) -> list[FieldError]:
