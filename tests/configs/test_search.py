@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.datasets import card_for
+from configs.datasets import PLANNING_CARDS, card_for
 from configs.errors import SpecError
-from configs.load import parse_spec
+from configs.load import list_presets, load_preset, parse_spec
 from configs.resolve import canonical_json, data_of, load_resolved, resolve
 from configs.search import (
     Choice,
@@ -165,6 +165,44 @@ def test_the_final_run_has_its_changes() -> None:
     search = checked(searching(base__data__holdout={"fraction": 0.1}, final={}))
     assert complete(trial_spec(search, {"optim.lr": 0.02})).data.holdout is not None
     assert complete(trial_spec(search, {"optim.lr": 0.02}, final=True)).data.holdout is None
+
+
+# -- presets -----------------------------------------------------------------------------------------------------------
+# Learning rates and held-out share: Table 4 and appendix B.1.1.
+TABLE_4 = {
+    "imagenet": ([0.003, 0.01, 0.03, 0.06], 0.01),
+    "cifar10": ([0.001, 0.003, 0.01, 0.03], 0.02),
+    "cifar100": ([0.001, 0.003, 0.01, 0.03], 0.02),
+    "pets": ([0.001, 0.003, 0.01, 0.03], 0.1),
+    "flowers": ([0.001, 0.003, 0.01, 0.03], 0.1),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_the_papers_learning_rates_are_a_preset_for_each_data_set(name: str) -> None:
+    def planned(raw: dict[str, Any]) -> TrainingJob:
+        spec = parse_spec(raw)
+        assert isinstance(spec, TrainingJob)
+        return resolve(spec, card_for(spec.data.source, PLANNING_CARDS), None)
+
+    search = parse_spec({"preset": f"search/{name}-lr", "base": {"init_from": "ckpt_x"}})
+    assert isinstance(search, SearchJob)
+    rates, share = TABLE_4[name]
+    assert [setting["optim.lr"] for setting in grid(search.space)] == rates
+    trial = check_search(search, planned)
+    assert trial.data.holdout is not None
+    assert trial.data.holdout.fraction == share
+    assert trial.data.eval == trial.data.train, "judged on the held-out part"
+    final = planned(trial_spec(search, {"optim.lr": rates[0]}, final=True))
+    assert final.data.holdout is None
+    assert final.data.eval != final.data.train
+    header = load_preset(f"search/{name}-lr")
+    assert header.command.startswith(f"patchwork search create --preset search/{name}-lr")
+    assert header.shown == "no"
+
+
+def test_every_search_preset_is_one_of_these() -> None:
+    assert {p.name for p in list_presets() if p.kind == "search"} == {f"search/{name}-lr" for name in TABLE_4}
 
 
 # -- spaces ------------------------------------------------------------------------------------------------------------
