@@ -13,6 +13,7 @@
     report.json                             what an evaluate job found (EvaluationReport)
     pictures/<name>.png, <name>.npz         what an inspect job drew, and its numbers
     pictures/index.json                     written last (PictureIndex): names the files
+    search/report.json, search/report.png   what a search found (SearchReport), and pictures of it
 <prefix>uploads/<upload>/file               a weights file on its way to an import job
 <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
 """
@@ -84,6 +85,14 @@ def pictures_prefix(job_id: str) -> str:
 
 def picture_index_key(job_id: str) -> str:
     return f"{pictures_prefix(job_id)}index.json"
+
+
+def search_report_key(job_id: str) -> str:
+    return f"{job_prefix(job_id)}search/report.json"
+
+
+def search_picture_key(job_id: str) -> str:
+    return f"{job_prefix(job_id)}search/report.png"
 
 
 def tensorboard_prefix(job_id: str) -> str:

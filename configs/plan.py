@@ -13,7 +13,7 @@ from configs.cost import GPUS, Gpu, macs_per_image, num_parameters
 from configs.errors import SpecError, close_matches
 from configs.planned import CheapestPlan, Plan, StagePlan
 from configs.resolve import SourceCheckpoint, num_eval_examples, resolve
-from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, JobSpec
+from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, JobSpec, SearchJob
 from configs.training_plan import TrainingPlanner
 from configs.wire import DatasetCard
 
@@ -42,6 +42,9 @@ def plan(
         return _plan_export(source)
     if isinstance(spec, ImportJob):
         return Plan(kind="import", world_size=1, notes=("Reads one file and writes its weights as a checkpoint.",))
+    if isinstance(spec, SearchJob):
+        message = "kind search: plan its base, which is what a trial takes; POST /v1/plans does so"
+        raise SpecError.at("/kind", message, "search", "pretrain, finetune, evaluate, export")
     if isinstance(spec, EvaluateJob):
         return _plan_evaluation(resolve(spec, card, source), card, source)
     if isinstance(spec, InspectJob):

@@ -39,6 +39,9 @@ class ExitReason(StrEnum):
     CRASH_LOOP = "CRASH_LOOP"
     DEADLINE = "DEADLINE"
     DEPENDENCY_FAILED = "DEPENDENCY_FAILED"
+    STOPPED_EARLY = "STOPPED_EARLY"
+    SEARCH_ENDED = "SEARCH_ENDED"
+    METRIC_MISSING = "METRIC_MISSING"
     PLATFORM_ERROR = "PLATFORM_ERROR"
 
 
@@ -147,6 +150,15 @@ EXIT_REASONS: dict[ExitReason, ReasonRow] = {
         _C,
         "never",
         "A job in queue.depends_on ended without success: retry that one, then submit this with its new id.",
+    ),
+    ExitReason.STOPPED_EARLY: ReasonRow(
+        _C, "never", "Nothing to do: the search that this trial is of stopped it. Its message says by which rule."
+    ),
+    ExitReason.SEARCH_ENDED: ReasonRow(
+        _C, "never", "Nothing to do with this trial: go on with its search by `patchwork retry` of that one."
+    ),
+    ExitReason.METRIC_MISSING: ReasonRow(
+        _F, "never", "Choose a metric that the trials report and that is a finite number, and submit the search again."
     ),
     ExitReason.PLATFORM_ERROR: ReasonRow(
         _F, "infra", "This is a fault of Patchwork; please report it with the job's id and the last lines of its log."

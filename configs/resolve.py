@@ -28,6 +28,7 @@ from configs.spec import (
     InspectJob,
     JobSpec,
     PretrainJob,
+    SearchJob,
     job_spec_adapter,
 )
 from configs.train import Every, Schedule
@@ -51,8 +52,8 @@ Job = TypeVar("Job", bound=AnyJob)
 
 def data_of(spec: JobSpec, source: SourceCheckpoint | None = None) -> DataConfig | None:
     """The data a job reads: its own, or (evaluate, inspect) that of its checkpoint. None: it reads none (export,
-    import, pictures of weights), or unknown."""
-    if isinstance(spec, ExportJob | ImportJob):
+    import, pictures of weights; of a search its trials do), or unknown."""
+    if isinstance(spec, ExportJob | ImportJob | SearchJob):
         return None
     if isinstance(spec, InspectJob) and not spec.reads_images(None if source is None else source.model):
         return None

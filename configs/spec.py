@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, model_validator
 
@@ -13,11 +14,23 @@ from configs.imports import UPLOAD_ID_PATTERN, ImportModel, ImportPreprocess, Or
 from configs.model import ModelConfig, NetworkConfig
 from configs.pictures import PICTURES, READ_IMAGES, PictureName, pictures_of
 from configs.probes import FewShot, Neighbours
+from configs.search import (
+    MAX_TRIALS,
+    Budget,
+    Choice,
+    Concurrency,
+    FinalRun,
+    NoScheduler,
+    Scheduler,
+    Space,
+    finite_values,
+    grid,
+    in_order,
+)
 from configs.service import Queue, Resources, Retry
 from configs.train import Checkpoint, Eval, Optim, Schedule, Train, Weights, Zero
 
 SPEC_SCHEMA_VERSION: Literal[1] = 1
-NOT_BUILT_KINDS = ("search",)
 
 CheckpointRef = Annotated[
     str, StringConstraints(pattern=r"^(ckpt_[0-9A-Za-z_-]{1,80}|job_[0-9A-HJKMNP-TV-Z]{26}/(best|latest))$")
@@ -296,7 +309,72 @@ class ImportJob(_Job):
         return self
 
 
-AnyJob = PretrainJob | FinetuneJob | EvaluateJob | InspectJob | ExportJob | ImportJob
+class SearchJob(_Job):
+    """Many trainings of one base with different settings; it hands over the best one's checkpoint. `resources` is
+    computed: what `concurrency` trials of the base hold together."""
+
+    kind: Literal["search"]
+    base: dict[str, Any] = Field(description="A pretrain or finetune job, or a preset of one.")
+    space: Space
+    metric: Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z0-9_./-]+$")] = Field(
+        "eval/top1", description="What a trial is judged by: its last value."
+    )
+    mode: Literal["max", "min"] | None = Field(None, description="Left out: min for losses, max for all else.")
+    algorithm: Literal["random", "grid", "tpe"] = "random"
+    scheduler: Scheduler = NoScheduler()
+    budget: Budget
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(1, description="Trials of each setting, with seeds in a row.")
+    concurrency: Annotated[int, Field(ge=1, le=1000)] | Concurrency | None = Field(
+        None, description="Trials side by side; left out: as many as there is room for."
+    )
+    seed: Seed = 0
+    final: FinalRun | None = Field(None, description="The best setting once more, with changes.")
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        in_order(self.space)
+        if self.budget.trials % self.repeats:
+            raise ValueError(f"budget.trials {self.budget.trials} is no multiple of repeats {self.repeats}")
+        if self.repeats > 1 and self.scheduler.name != "none":
+            raise ValueError(f"repeats {self.repeats}: scheduler {self.scheduler.name} judges single trials, use 1")
+        if self.scheduler.name == "pbt" and self.algorithm != "random":
+            raise ValueError(f"algorithm {self.algorithm}: scheduler pbt draws its population at random")
+        if self.mode is not None and self.mode != self.natural_mode:
+            raise ValueError(f"mode {self.mode}: {self.metric} is better the {self._better}")
+        if self.algorithm == "grid":
+            self._check_grid()
+        elif grids := [key for key, p in self.space.items() if isinstance(p, Choice) and p.type == "grid"]:
+            raise ValueError(f"space: {grids[0]} is of type grid, algorithm is {self.algorithm}: use type choice")
+        return self
+
+    def _check_grid(self) -> None:
+        if endless := [key for key, parameter in self.space.items() if finite_values(parameter) is None]:
+            raise ValueError(f"algorithm grid: {endless[0]} is continuous; a grid takes choice, int, uniform with step")
+        size = sum(1 for _ in itertools.islice(grid(self.space), MAX_TRIALS + 1))
+        if size * self.repeats > self.budget.trials:
+            times = f" times {self.repeats} repeats" if self.repeats > 1 else ""
+            more = "more than " if size > MAX_TRIALS else ""
+            size = min(size, MAX_TRIALS)
+            raise ValueError(
+                f"budget.trials {self.budget.trials} is less than the grid's {more}{size} settings{times}: allowed is "
+                f"at least {size * self.repeats}"
+            )
+
+    @property
+    def natural_mode(self) -> Literal["max", "min"]:
+        return "min" if self.metric.endswith("loss") else "max"
+
+    @property
+    def _better(self) -> str:
+        return "lower" if self.natural_mode == "min" else "higher"
+
+    @property
+    def sign(self) -> float:
+        """What a value is multiplied by so that more is better."""
+        return 1.0 if self.natural_mode == "max" else -1.0
+
+
+AnyJob = PretrainJob | FinetuneJob | EvaluateJob | InspectJob | ExportJob | ImportJob | SearchJob
 JobSpec = Annotated[AnyJob, Field(discriminator="kind")]
 TrainingJob = PretrainJob | FinetuneJob
 job_spec_adapter: TypeAdapter[AnyJob] = TypeAdapter(JobSpec)

@@ -12,7 +12,7 @@ from typing import Any
 from configs.data import Augment, DataConfig
 from configs.errors import FieldError, value_at
 from configs.pictures import READ_IMAGES
-from configs.spec import EvaluateJob, FinetuneJob, InspectJob, JobSpec, PretrainJob
+from configs.spec import EvaluateJob, FinetuneJob, InspectJob, JobSpec, PretrainJob, SearchJob
 
 
 def unused_fields(raw: Mapping[str, Any], spec: JobSpec) -> list[FieldError]:
@@ -23,6 +23,9 @@ def unused_fields(raw: Mapping[str, Any], spec: JobSpec) -> list[FieldError]:
         faults = _of_inspection(spec)
     elif isinstance(spec, PretrainJob | FinetuneJob):
         faults = _of_training(spec)
+    elif isinstance(spec, SearchJob):
+        why = "in a search: it holds what concurrency trials of base.resources take"
+        faults = iter([("resources", why, "nothing")])
     else:
         return []
     return [

@@ -124,6 +124,9 @@ class AttemptFile(Stored):
     """Start from these weights only (fine-tune, evaluate, export)."""
     skips: tuple[DataSkip, ...] = ()
     """Data that rollbacks of this job passed over."""
+    resume_fingerprint: str | None = None
+    """Of the checkpoint to continue from, where that is another trial's with other settings; else this attempt's own
+    training fingerprint is asked of it."""
     created_at: AwareDatetime
 
 
@@ -177,6 +180,7 @@ Phase = Literal[
     "exporting",
     "importing",
     "inspecting",
+    "searching",
 ]
 
 

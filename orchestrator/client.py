@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal, Self
 import httpx
 
 from configs.plan import Plan
+from configs.search_wire import SearchReport
 from configs.wire import EvaluationReport, LogLine, Manifest
 from orchestrator.connection import ApiError, Connection, PatchworkError, StreamEnded, Unreachable, check, parse
 from orchestrator.embedded.data_dir import DataDir, default_data_dir
@@ -50,6 +51,7 @@ from orchestrator.schemas import (
     UploadPublic,
     Whoami,
 )
+from orchestrator.search_schemas import SearchPublic, TrialPage, TrialPublic
 from orchestrator.vtab_schemas import VtabReport
 
 __all__ = [
@@ -96,11 +98,14 @@ class Jobs:
         project: str | None = None,
         name: str | None = None,
         label: Sequence[str] = (),
+        search: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
     ) -> JobPage:
-        """A page of jobs, the newest first. `name`: a part of it; `label`: each key=value."""
+        """A page of jobs, the newest first. `name`: a part of it; `label`: each key=value; `search`: the trials of that
+        search, which are listed in no other way."""
         params: dict[str, Any] = {"kind": kind, "project": project, "name": name, "limit": limit, "cursor": cursor}
+        params["search"] = search
         params |= {"state": list(state) or None, "label": list(label) or None}
         return self._connection.get(JobPage, "/v1/jobs", params)
 
@@ -234,6 +239,43 @@ class Vtab:
         return self._connection.get(VtabReport, f"/v1/vtab/{name}")
 
 
+class Searches:
+    """Searches: their trials, what they found, more trials. They are submitted by `jobs.create`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def get(self, job_id: str) -> SearchPublic:
+        return self._connection.get(SearchPublic, f"/v1/searches/{job_id}")
+
+    def trials(self, job_id: str, curves: bool = False) -> tuple[TrialPublic, ...]:
+        """The search's trials by number; with `curves` each has its curve of the metric."""
+        return self._connection.get(
+            TrialPage, f"/v1/searches/{job_id}/trials", {"curves": "true" if curves else None}
+        ).items
+
+    def best(self, job_id: str) -> TrialPublic:
+        """The best trial so far; its `checkpoint` is an ordinary one."""
+        return self._connection.get(TrialPublic, f"/v1/searches/{job_id}/best")
+
+    def report(self, job_id: str) -> SearchReport:
+        """What a search that has succeeded found."""
+        return self._connection.get(SearchReport, f"/v1/searches/{job_id}/report")
+
+    def write_picture(self, job_id: str, out: BinaryIO) -> int:
+        """Write the report's picture, a PNG, into a binary file. Returns the number of bytes."""
+        return self._connection.download(f"/v1/searches/{job_id}/report.png", {}, out)
+
+    def add(self, job_id: str, trials: int) -> JobPublic:
+        """Let the search make more trials. Returns its job, or, if it had ended, the new job that goes on with it."""
+        path = f"/v1/searches/{job_id}/trials"
+        return self._connection.post(JobPublic, path, {"trials": trials}, key=uuid.uuid4().hex)
+
+    def set_slots(self, job_id: str, slots: int | None) -> SearchPublic:
+        """How many trials may run side by side from now on; None: as many as there are workers."""
+        return self._connection.post(SearchPublic, f"/v1/searches/{job_id}/slots", {"slots": slots})
+
+
 class Checkpoints:
     """Checkpoints: what they are, and their files."""
 
@@ -326,6 +368,7 @@ class Client:
         self.is_direct = transport is None
         """Whether requests go over the network, and not through a transport that the caller brought."""
         self.jobs = Jobs(self._connection)
+        self.searches = Searches(self._connection)
         self.checkpoints = Checkpoints(self._connection)
         self.vtab = Vtab(self._connection)
 

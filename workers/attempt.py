@@ -30,7 +30,7 @@ from configs.model import NetworkConfig
 from configs.probes import FewShot, Neighbours
 from configs.reasons import ExitReason
 from configs.resolve import load_resolved
-from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, TrainingJob
+from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, SearchJob, TrainingJob
 from configs.states import Desired
 from configs.wire import AttemptFile, CheckpointSource, EvaluationReport, ParentCut, Phase, Preprocess
 from vit.transfer import resize_weights, transfer_weights
@@ -77,6 +77,7 @@ def run_rank(
             return _export(attempt, spec, ranks, steps, store)
         if isinstance(spec, ImportJob):
             return _import(attempt, spec, ranks, steps, store)
+        assert not isinstance(spec, SearchJob), "a search has no ranks of its own, only trials"
         return _train(attempt, spec, ranks, steps, store, data_root)
     except Exception as error:  # noqa: BLE001 - the rank's top level
         outcome = outcome_of(error, steps.step)
@@ -103,7 +104,8 @@ def _train(
     start = Progress()
     if attempt.resume_from is not None:
         reporter.heartbeat("loading", 0)
-        start = load(engine, store, attempt.resume_from.prefix, attempt.training_fingerprint, average)
+        fingerprint = attempt.resume_fingerprint or attempt.training_fingerprint
+        start = load(engine, store, attempt.resume_from.prefix, fingerprint, average)
         if ranks.is_first:
             checkpoint_id = attempt.resume_from.checkpoint_id
             reporter.event("training.resumed", f"continues from step {start.step}", {"checkpoint_id": checkpoint_id})

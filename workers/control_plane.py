@@ -19,10 +19,11 @@ import httpx
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from configs.wire import ClaimReply, ClaimRequest, ReportBatch, ReportReply, to_columns
+from configs.search_wire import SearchLimits, SearchState, TrialBegun, TrialCreate, TrialEnd, TrialEnded, TrialRecord
+from configs.wire import ClaimReply, ClaimRequest, ExitFile, ReportBatch, ReportReply, to_columns
 
 log = structlog.get_logger(__name__)
-Reply = TypeVar("Reply", ClaimReply, ReportReply)
+Reply = TypeVar("Reply", bound=BaseModel)
 SPOOL_BYTES = 64 * 1024 * 1024
 
 
@@ -43,7 +44,7 @@ class Unreachable(ControlPlaneError):
 
 
 class ControlPlane:
-    """The two calls a driver makes."""
+    """The two calls every driver makes."""
 
     def __init__(self, api_url: str, worker_secret: str, attempt_id: str, timeout_s: float = 10.0) -> None:
         self._path = f"/internal/v1/attempts/{attempt_id}"
@@ -66,12 +67,14 @@ class ControlPlane:
     def close(self) -> None:
         self._client.close()
 
-    def _post(self, reply_type: type[Reply], action: str, body: BaseModel) -> Reply:
+    def _post(self, reply_type: type[Reply], action: str, body: BaseModel | None = None) -> Reply:
+        content = b"" if body is None else body.model_dump_json().encode()
+        return self._ask(reply_type, "POST", action, content)
+
+    def _ask(self, reply_type: type[Reply], method: str, action: str, content: bytes = b"") -> Reply:
         try:
-            reply = self._client.post(
-                f"{self._path}/{action}",
-                content=body.model_dump_json(),
-                headers={"Content-Type": "application/json"},
+            reply = self._client.request(
+                method, f"{self._path}/{action}", content=content, headers={"Content-Type": "application/json"}
             )
         except httpx.HTTPError as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from error
@@ -87,6 +90,25 @@ class ControlPlane:
         except ValidationError as error:
             # Some other server's page (a proxy's, a portal's): whatever was sent has not arrived.
             raise Unreachable(f"no {reply_type.__name__}: {text}") from error
+
+
+class SearchPlane(ControlPlane):
+    """What the driver of a search asks besides. Every call may be repeated, and raises ControlPlaneError."""
+
+    def state(self) -> SearchState:
+        return self._ask(SearchState, "GET", "search")
+
+    def limits(self) -> SearchLimits:
+        return self._ask(SearchLimits, "GET", "search/limits")
+
+    def create(self, trial: TrialCreate) -> TrialRecord:
+        return self._post(TrialRecord, "trials", trial)
+
+    def begin(self, number: int) -> TrialBegun:
+        return self._post(TrialBegun, f"trials/{number}/begin")
+
+    def end(self, number: int, exit_file: ExitFile) -> TrialEnded:
+        return self._post(TrialEnded, f"trials/{number}/end", TrialEnd(exit=exit_file))
 
 
 class Spool:

@@ -197,32 +197,33 @@ def watch_progress(run: Run, group_end: GroupEnd | None) -> Evidence | None:
     if run.failed_at is None and any(map(has_failed, ends.values())):
         run.failed_at = now
     if run.forwarder.is_fenced:
-        return _evidence(run, fenced=True)
+        return evidence_of(run, fenced=True)
     if len(ends) == run.attempt.world_size:
-        return _evidence(run)
+        return evidence_of(run)
     if group_end is not None:
-        return _evidence(run, group_end=group_end)
+        return evidence_of(run, group_end=group_end)
     if run.ordered_at is not None and not run.drained.infos:
-        return _evidence(run)
+        return evidence_of(run)
     if run.ordered_at is not None and now - run.ordered_at > _grace_s(run):
-        return _evidence(run, forced=True)
+        return evidence_of(run, forced=True)
     if run.failed_at is not None and now - run.failed_at > LEAVE_GRACE_S:
-        return _evidence(run, forced=True)
+        return evidence_of(run, forced=True)
     missing = sorted(set(range(run.attempt.world_size)) - set(run.drained.infos))
     if missing and now - run.started_at > run.settings.start_timeout_s:
         error = f"Ranks {missing} did not start within {run.settings.start_timeout_s:.0f} s."
-        return _evidence(run, group_end=GroupEnd(error=error, timed_out_start=True))
+        return evidence_of(run, group_end=GroupEnd(error=error, timed_out_start=True))
     hang = run.progress.observe(now, run.drained.heartbeats, run.drained.silent_s, ends)
-    return _evidence(run, hang=hang) if hang else None
+    return evidence_of(run, hang=hang) if hang else None
 
 
 def _grace_s(run: Run) -> float:
     return run.settings.term_grace_s if run.terminated.is_set() else run.settings.stop_grace_s
 
 
-def _evidence(
+def evidence_of(
     run: Run, *, group_end: GroupEnd | None = None, hang: Hang | None = None, fenced: bool = False, forced: bool = False
 ) -> Evidence:
+    """What is known of the attempt's end now, for the diagnosis."""
     group_end = group_end or GroupEnd()
     ends = dict(run.drained.ends)
     vanished = []
@@ -268,15 +269,15 @@ def is_node_alive(node_id: str) -> bool:
 
 
 # -- 6 -----------------------------------------------------------------------------------------------------------------
-def write_exit(run: Run, evidence: Evidence) -> ExitFile | None:
+def write_exit(run: Run, evidence: Evidence, verdict: Verdict | None = None) -> ExitFile | None:
     """Ends the ranks, sends what is left of output and reports, and writes exit.json. Returns None if it could not be
-    written; where one exists already, that one counts."""
+    written; where one exists already, that one counts. With a `verdict` there is nothing to diagnose."""
     if evidence.hang is not None:
         evidence = replace(evidence, hang=_look_at_stacks(run, evidence.hang))
     run.group.stop()
     _drain_last(run)
     evidence = replace(evidence, ends={**run.drained.ends, **evidence.ends})
-    exit_file = _exit_file(run, evidence)
+    exit_file = _exit_file(run, evidence, verdict or diagnose(evidence))
     log.info(
         "The attempt ends.", reason=str(exit_file.reason), message=exit_file.message, last_step=exit_file.last_step
     )
@@ -314,8 +315,7 @@ def _drain_last(run: Run) -> None:
         log.warning("The hub is gone; its last reports are lost.")
 
 
-def _exit_file(run: Run, evidence: Evidence) -> ExitFile:
-    verdict = diagnose(evidence)
+def _exit_file(run: Run, evidence: Evidence, verdict: Verdict) -> ExitFile:
     steps = [max(_step_of(run, rank), 0) for rank in range(run.attempt.world_size)]
     committed = [e.checkpoint_step for e in evidence.ends.values() if e.checkpoint_step is not None]
     return ExitFile(
@@ -372,7 +372,7 @@ def drive(run: Run) -> ExitFile | None:
             forward_reports(run)
             evidence = watch_progress(run, group_end)
         except (RayError, GetTimeoutError) as error:
-            evidence = _evidence(run, group_end=GroupEnd(error=f"The hub is gone: {error}"))
+            evidence = evidence_of(run, group_end=GroupEnd(error=f"The hub is gone: {error}"))
         if evidence is not None:
             return write_exit(run, evidence)
         group_end = run.group.wait_first_failure(TICK_S)
@@ -454,6 +454,13 @@ def _drive_attempt(
         return 0
     forwarder.start()
     couriers = Couriers(attempt_id, Courier(attempt_id, settings.log_dir, node_id, store), node_id)
+    if attempt.spec["kind"] == "search":
+        # Ray Tune takes a second to import: for those who need it.
+        from workers.search.driver import drive_search
+
+        status = 0 if drive_search(attempt, settings, store, forwarder, couriers, scratch, terminated, run_rank) else 1
+        shutil.rmtree(scratch, ignore_errors=True)
+        return status
     hub, group = start_workers(attempt, settings, scratch / "train", run_rank)
     run = Run(attempt, settings, store, hub, group, forwarder, couriers, is_node_alive, terminated=terminated)
     status = 0 if drive(run) is not None else 1

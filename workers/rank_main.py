@@ -227,14 +227,21 @@ class RankReporter:
 
 
 def rank_main(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker. `config`: the attempt file as JSON, the hub's handle, the rank's function."""
-    import ray
+    """What Ray Train runs in each worker: `rank_process_main` as the rank that Train says."""
     from ray.train import get_context
 
     context = get_context()
+    rank_process_main(config, context.get_world_rank(), context.get_local_rank())
+
+
+def rank_process_main(config: dict[str, Any], rank: int, local_rank: int) -> None:
+    """What the process of rank `rank` does, the `local_rank`-th of its node. `config`: the attempt file as JSON, the
+    hub's handle, the rank's function."""
+    import ray
+
     attempt = AttemptFile.model_validate_json(config["attempt"])
     settings = load_node_settings()
-    rank, node_id = context.get_world_rank(), ray.get_runtime_context().get_node_id()
+    node_id = ray.get_runtime_context().get_node_id()
     node_dir = logs.node_log_dir(settings.log_dir, attempt.attempt_id, node_id)
     logs.redirect_output(logs.log_path(node_dir, rank_stream(rank)))
     logs.configure(sys.stderr)
@@ -243,7 +250,7 @@ def rank_main(config: dict[str, Any]) -> None:
     hub.enter(info)
     reporter = RankReporter(hub, info, on_hub_lost=_leave_orphaned)
     log.info("Rank started.", rank=rank, world_size=attempt.world_size, node=info.node, pid=info.pid)
-    end = run(attempt, info, context.get_local_rank(), hub, reporter, settings, config.get("run_rank"))
+    end = run(attempt, info, local_rank, hub, reporter, settings, config.get("run_rank"))
     log.info("Rank ended.", rank=rank, reason=str(end.reason), message=end.message, step=end.step)
     reporter.close()
     hub.finish(end)

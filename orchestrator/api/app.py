@@ -12,8 +12,21 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from configs.search_wire import TrialCreate, TrialEnd
 from configs.wire import ClaimRequest, ReportBatch
-from orchestrator.api import catalog, checkpoints, health, internal, jobs, pictures, telemetry, tokens, uploads, vtab
+from orchestrator.api import (
+    catalog,
+    checkpoints,
+    health,
+    internal,
+    jobs,
+    pictures,
+    searches,
+    telemetry,
+    tokens,
+    uploads,
+    vtab,
+)
 from orchestrator.api.deps import Services
 from orchestrator.api.middleware import BodyLimit, RequestLog
 from orchestrator.schemas import (
@@ -25,6 +38,7 @@ from orchestrator.schemas import (
     Problem,
     TokenCreate,
 )
+from orchestrator.search_schemas import SlotsSet, TrialsAdd
 from orchestrator.services.exposition import Exposition
 from orchestrator.services.health import ReadinessProbe
 from orchestrator.services.problems import PROBLEM_JSON, install_handlers
@@ -51,6 +65,10 @@ _REFERENCED: tuple[type[BaseModel], ...] = (
     ClaimRequest,
     ReportBatch,
     VtabCreate,
+    TrialCreate,
+    TrialEnd,
+    TrialsAdd,
+    SlotsSet,
 )
 
 
@@ -68,7 +86,7 @@ def create_app(settings: Settings, db: Database, store: ObjectStore) -> FastAPI:
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
     app.state.exposition = exposition = Exposition(db)
-    for module in (jobs, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal):
+    for module in (jobs, searches, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal):
         app.include_router(module.router)
     install_handlers(app)
     # The last one added is the outermost.
@@ -117,7 +135,7 @@ def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _tags() -> list[dict[str, str]]:
-    modules = (jobs, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal)
+    modules = (jobs, searches, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal)
     tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in modules]
     return [*tags, {"name": "exports", "description": "What export and evaluate jobs leave."}]
 

@@ -116,11 +116,12 @@ def list_jobs(
     project: Annotated[PrintableText | None, Query()] = None,
     label: Annotated[list[PrintableText] | None, Query(description="key=value; all of them.")] = None,
     name: Annotated[PrintableText | None, Query(description="A part of the name, in any case.")] = None,
+    search: Annotated[PrintableText | None, Query(description="The trials of this search.")] = None,
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Response:
-    """Jobs, the newest first."""
-    wanted = jobs.JobFilter(tuple(state or ()), kind, project, name, tuple(label or ()))
+    """Jobs, the newest first; trials only with their search's id."""
+    wanted = jobs.JobFilter(tuple(state or ()), kind, project, name, tuple(label or ()), search)
     return _answer(jobs.list_jobs(services.db, wanted, limit, cursor))
 
 

@@ -22,6 +22,7 @@ from orchestrator.cli import (
     output,
     plan,
     report,
+    search,
     stack,
     telemetry,
     train,
@@ -86,6 +87,7 @@ for command, panel in (
 app.command("demo", hidden=True)(demo.demo)
 # For `make pictures`, likewise.
 app.command("gallery", hidden=True)(gallery.gallery)
+app.add_typer(search.search_app, name="search", rich_help_panel=_RUN)
 app.add_typer(imports.checkpoints_app, name="checkpoints", rich_help_panel=_LOOK)
 app.add_typer(vtab.vtab_app, name="vtab", rich_help_panel=_RUN)
 app.add_typer(admin.datasets_app, name="datasets", rich_help_panel=_SERVER)

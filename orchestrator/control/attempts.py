@@ -73,7 +73,9 @@ def start_attempt(
         job = guarded(session, claim)
         init_from = _resolve_init_from(session, job, needed=resume is None)
         skips = _skips(session, job, resume.step if resume is not None else 0)
-    file = _write_attempt_file(store, job, world_size, resume, init_from, read_cuts(store, job.id), skips, now)
+        fingerprint = _foreign_fingerprint(session, job, resume)
+    parents = read_cuts(store, job.id)
+    file = _write_attempt_file(store, job, world_size, resume, init_from, parents, skips, fingerprint, now)
     with db.session() as session:
         job = guarded(session, claim)
         attempt = _insert(session, job, file, resume, cluster_id, now)
@@ -142,6 +144,13 @@ def _skips(session: Session, job: JobRow, step: int) -> tuple[DataSkip, ...]:
     )
 
 
+def _foreign_fingerprint(session: Session, job: JobRow, resume: CheckpointRow | None) -> str | None:
+    """The training fingerprint of the other trial that this one goes on from, with settings of its own."""
+    if resume is None or resume.job_id == job.id or job.search_id is None:
+        return None
+    return session.get_one(JobRow, resume.job_id).training_fingerprint
+
+
 def _resolve_init_from(session: Session, job: JobRow, *, needed: bool) -> CheckpointRow | None:
     """The checkpoint whose weights the job starts from; a reference by job is resolved once, and kept. One that is gone
     matters only if it is `needed`: who resumes reads all weights from there."""
@@ -164,6 +173,7 @@ def _write_attempt_file(
     init_from: CheckpointRow | None,
     parents: tuple[ParentCut, ...],
     skips: tuple[DataSkip, ...],
+    resume_fingerprint: str | None,
     now: datetime,
 ) -> AttemptFile:
     """Write the next attempt's file. Where one lies already that an interrupted start left, it is taken if it says the
@@ -183,6 +193,7 @@ def _write_attempt_file(
             resume_from=_source(resume),
             init_from=_source(init_from),
             skips=skips,
+            resume_fingerprint=resume_fingerprint,
             created_at=now,
         )
         key = attempt_key(file.attempt_id)
@@ -313,6 +324,9 @@ def account_waste(session: Session, job: JobRow, attempt: AttemptRow, kept_step:
     `perf/step_time_s` points beyond `kept_step`; where it reported none, the time from its first reported step to its
     last progress, divided by the steps in between.
     """
+    if job.kind == "search":
+        # Its steps are trials that ended; what those wasted is counted with them.
+        return
     attempt.to_step = max(attempt.to_step, _last_step_measured(session, attempt))
     lost = max(0, attempt.to_step - kept_step)
     attempt.wasted_steps = lost

@@ -224,12 +224,12 @@ def _decide_attempt(
         # Its driver never spoke: either the submission was lost, or the cluster was before the driver began.
         if job.desired == Desired.RUN:
             return Submit()
-        return _end(
+        return conclude(
             job, attempt, ORDERED_EXIT[Desired(job.desired)], "It had not begun.", seen, policy, settings, jitter
         )
     if is_other_cluster:
         message = f"The Ray cluster {attempt.cluster_id} was replaced by {seen.cluster_id}."
-        return _end(job, attempt, ExitReason.CLUSTER_LOST, message, seen, policy, settings, jitter)
+        return conclude(job, attempt, ExitReason.CLUSTER_LOST, message, seen, policy, settings, jitter)
     if seen.status is None:
         return _unreachable(settings, "The Ray cluster does not answer; the attempt is left alone.")
     if not is_unknown and not seen.status.state.is_terminal:
@@ -239,7 +239,7 @@ def _decide_attempt(
     if seen.leftovers:
         return Reap(seen.leftovers)
     reason, message = _unsaid_reason(job, attempt, seen.status)
-    return _end(job, attempt, reason, message, seen, policy, settings, jitter)
+    return conclude(job, attempt, reason, message, seen, policy, settings, jitter)
 
 
 def _decide_alive(
@@ -257,7 +257,8 @@ def _decide_alive(
         return Kill(None, "The driver stayed after it had written how the attempt ended.")
     if job.desired != Desired.RUN:
         return _decide_leaving(job, attempt, seen, now, settings)
-    is_ready = len(attempt.ranks) >= attempt.world_size
+    expected = policy.num_reporters or attempt.world_size
+    is_ready = len(attempt.ranks) >= expected
     if attempt.stop_requested_at is not None and not is_ready:
         # The next order's grace begins with that order.
         return Withdraw()
@@ -267,7 +268,7 @@ def _decide_alive(
     if not is_ready:
         started = max(attempt.submitted_at or attempt.created_at, seen.watching_since)
         if _elapsed(started, now) > settings.start_timeout_s:
-            heard = f"{len(attempt.ranks)} of {attempt.world_size} workers have reported"
+            heard = f"{len(attempt.ranks)} of {expected} workers have reported"
             return Kill(ExitReason.START_TIMEOUT, f"After {settings.start_timeout_s:.0f} s {heard}.")
         return Wait(settings.poll_s)
     if job.state != JobState.RUNNING:
@@ -318,7 +319,7 @@ def _unsaid_reason(job: JobRow, attempt: AttemptRow, status: JobStatus) -> tuple
     return ExitReason.DRIVER_LOST, f"The driver is gone and left no word ({status.state}){said}"
 
 
-def _end(
+def conclude(
     job: JobRow,
     attempt: AttemptRow,
     reason: ExitReason,
@@ -328,7 +329,8 @@ def _end(
     settings: Settings,
     jitter: float,
 ) -> End:
-    """`reason` is what we conclude; the attempt's own word counts more, unless we ended it."""
+    """The end of an attempt that is gone. `reason` is what we conclude; the attempt's own word counts more, unless we
+    ended it."""
     said = seen.exit
     if said is not None and (attempt.kill_reason is None or said.reason is ExitReason.COMPLETED):
         reason, message = said.reason, said.message

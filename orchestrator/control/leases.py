@@ -69,6 +69,16 @@ def claim_due(db: Database, owner: str, now: datetime, lease_s: float) -> Claim 
     return None
 
 
+def claim_job(db: Database, job_id: str, owner: str, now: datetime, lease_s: float) -> Claim | None:
+    """Take this very job, if nobody has it."""
+    claim = Claim(job_id, secrets.token_hex(16), owner, now + timedelta(seconds=lease_s))
+    free = or_(JobRow.lease_expires_at.is_(None), JobRow.lease_expires_at < now)
+    values = {"lease_token": claim.token, "lease_owner": owner, "lease_expires_at": claim.expires_at}
+    with db.session() as session:
+        taken = session.execute(update(JobRow).where(JobRow.id == job_id, free).values(**values))
+        return claim if cast(CursorResult[Any], taken).rowcount == 1 else None
+
+
 def renew(db: Database, claim: Claim, now: datetime, lease_s: float) -> Claim:
     """The same claim with a later expiry.
 
@@ -124,7 +134,8 @@ def _is_due(now: datetime) -> ColumnElement[bool]:
     free = or_(JobRow.lease_expires_at.is_(None), JobRow.lease_expires_at < now)
     look_has_come = or_(JobRow.next_look_at.is_(None), JobRow.next_look_at <= now)
     wants_change = or_(
-        JobRow.state.in_(_WATCHED),
+        # A trial that runs is looked after by its search's driver.
+        and_(JobRow.state.in_(_WATCHED), JobRow.search_id.is_(None)),
         and_(JobRow.state == JobState.QUEUED, or_(JobRow.start_workers.is_not(None), JobRow.desired != Desired.RUN)),
         and_(JobRow.state == JobState.PAUSED, JobRow.desired != Desired.PAUSE),
         and_(JobRow.state.in_(_ENDED), JobRow.next_look_at.is_not(None)),

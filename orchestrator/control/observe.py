@@ -65,7 +65,7 @@ def load_facts(db: Database, job_id: str) -> Facts:
     ended = [a for a in attempts if a.state == AttemptState.ENDED and a.ended_at is not None]
     ran_s = sum((a.ended_at - a.created_at).total_seconds() for a in ended if a.ended_at is not None)
     num_rollbacks = sum(a.exit_reason == ExitReason.LOSS_SPIKE for a in attempts[1:])
-    return Facts(job, attempts[0] if attempts else None, previous, ran_s, _policy(job), num_rollbacks)
+    return Facts(job, attempts[0] if attempts else None, previous, ran_s, policy_of(job), num_rollbacks)
 
 
 class Observer:
@@ -119,14 +119,14 @@ class Observer:
             self._register(claim)
         with self._db.reader() as session:
             newest = newest_checkpoint(session, claim.job_id)
-            made_progress = _made_progress(session, attempt)
+            has_progressed = made_progress(session, attempt)
         return replace(
             seen,
             exit=said,
             status=status,
             leftovers=leftovers,
             newest_step=newest.step if newest is not None else None,
-            made_progress=made_progress,
+            made_progress=has_progressed,
         )
 
     def _see_cluster(self) -> ClusterStatus | None:
@@ -192,8 +192,11 @@ def _is_gone(status: JobStatus | None) -> bool:
     return status is not None and (status.state.is_terminal or status.state is LaunchState.MISSING)
 
 
-def _made_progress(session: Session, attempt: AttemptRow) -> bool:
-    """Whether the attempt committed a checkpoint; one that retention has deleted since counts too."""
+def made_progress(session: Session, attempt: AttemptRow) -> bool:
+    """Whether the attempt committed a checkpoint (one that retention has deleted since counts too), or, of a search,
+    a trial ended in it."""
+    if attempt.ended_trials:
+        return True
     mine = CheckpointRow.job_id == attempt.job_id, CheckpointRow.attempt == attempt.number
     return session.scalar(select(CheckpointRow.id).where(*mine, CheckpointRow.valid.is_(True)).limit(1)) is not None
 
@@ -205,13 +208,14 @@ def _ended(session: Session, attempt: AttemptRow) -> Ended | None:
     return Ended(
         ExitReason(attempt.exit_reason),
         error_type=str(failure.get("error_type", "")),
-        made_progress=_made_progress(session, attempt),
+        made_progress=made_progress(session, attempt),
         made_a_step=attempt.to_step > attempt.from_step,
         last_step=attempt.to_step,
     )
 
 
-def _policy(job: JobRow) -> Policy:
+def policy_of(job: JobRow) -> Policy:
+    """What the job's description says of retries and time."""
     spec = json.loads(job.spec_json)
     retry = Retry.model_validate(spec.get("retry") or {})
     return Policy(
@@ -220,4 +224,5 @@ def _policy(job: JobRow) -> Policy:
         max_infra_failures=retry.max_infra_failures,
         deadline_s=(spec.get("queue") or {}).get("deadline_s"),
         max_rollbacks=((spec.get("train") or {}).get("spike_rollback") or {}).get("max_rollbacks", 0),
+        num_reporters=1 if job.kind == "search" else None,
     )

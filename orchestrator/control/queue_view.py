@@ -56,7 +56,9 @@ def load_view(session: Session, now: datetime) -> ClusterView:
     cluster = session.get(ClusterRow, CLUSTER_ROW_ID)
     reachable = cluster is not None and cluster.reachable
     nodes = tuple(NodeInfo.model_validate(node) for node in cluster.nodes) if cluster and reachable else None
-    waiting = select(*_QUEUED).where(JobRow.state == JobState.QUEUED, JobRow.start_workers.is_(None))
+    waiting = select(*_QUEUED).where(
+        JobRow.state == JobState.QUEUED, JobRow.start_workers.is_(None), JobRow.search_id.is_(None)
+    )
     found = session.execute(waiting.where(JobRow.desired == Desired.RUN))
     rows = [row for row in map(_Queued._make, found) if _is_readable(row)]
     states = _dependency_states(session, rows)
@@ -67,7 +69,12 @@ def load_reservations(session: Session, excluding: str | None = None) -> tuple[R
     """What every job but `excluding` holds or was promised."""
     promised = (JobRow.state == JobState.QUEUED) & JobRow.start_workers.is_not(None)
     jobs = session.scalars(
-        select(JobRow).where(or_(JobRow.state.in_(_HOLDING), promised), JobRow.id != (excluding or ""))
+        select(JobRow).where(
+            # What trials hold is their search's.
+            or_(JobRow.state.in_(_HOLDING), promised),
+            JobRow.id != (excluding or ""),
+            JobRow.search_id.is_(None),
+        )
     )
     reservations = []
     for job in filter(_is_readable, jobs):
@@ -94,6 +101,10 @@ def needs(spec_json: bytes) -> Needs:
     low, high = resources.worker_range
     batch = (spec.get("train") or {}).get("global_batch_size")
     sizes = tuple(n for n in range(low, high + 1) if batch is None or batch % n == 0)
+    if spec.get("kind") == "search":
+        # Whole trials.
+        each = low // spec["concurrency"]["min"]
+        sizes = tuple(range(low, high + 1, each))
     worker = Worker(resources.cpus_per_worker, resources.gpus_per_worker, resources.accelerator)
     return Needs(worker, sizes, tuple((spec.get("queue") or {}).get("depends_on") or ()))
 
@@ -101,7 +112,9 @@ def needs(spec_json: bytes) -> Needs:
 def schedule_queue(db: Database, now: datetime) -> int:
     """One step of the scheduler: let jobs go, and write to the others why they wait. Returns how many were let go."""
     with db.reader() as session:
-        waiting = select(JobRow.id, JobRow.reason, JobRow.message).where(JobRow.state == JobState.QUEUED)
+        waiting = select(JobRow.id, JobRow.reason, JobRow.message).where(
+            JobRow.state == JobState.QUEUED, JobRow.search_id.is_(None)
+        )
         said = {row.id: (row.reason, row.message) for row in session.execute(waiting)}
         if not said:
             return 0

@@ -47,6 +47,7 @@ from orchestrator.control.measured import recover_measured
 from orchestrator.control.observe import Facts, Observer, load_facts
 from orchestrator.control.retries import Next, move
 from orchestrator.control.transitions import transition
+from orchestrator.control.trials import release_trials
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database, is_unavailable
 from orchestrator.storage.events import RECONCILER, record
@@ -245,6 +246,8 @@ class Reconciler:
             if job.desired != facts.job.desired:
                 return self._later(0.0)
             settle_job(session, job, following, self._clock())
+            if job.kind == "search":
+                release_trials(session, job, self._clock())
         return self._tidy(claim) if following.state.is_terminal else None
 
     def _end(self, claim: Claim, facts: Facts, end: End) -> datetime | None:
@@ -256,6 +259,8 @@ class Reconciler:
                 # A user's order came in while we looked: what follows depends on it. Nothing is lost by looking again.
                 return self._later(0.0)
             end_attempt(session, job, _last(session, job), end, self._clock())
+            if job.kind == "search":
+                release_trials(session, job, self._clock())
             recovers = job.state == JobState.RECOVERING
             delay_s = (job.not_before - self._clock()).total_seconds() if job.not_before is not None else 0.0
         self._observer.forget(claim.job_id)

@@ -30,6 +30,8 @@ class Policy:
     max_infra_failures: int = 10
     deadline_s: float | None = None
     max_rollbacks: int = 0
+    num_reporters: int | None = None
+    """How many processes report when it runs; None: every worker. Of a search only its driver does."""
 
 
 @dataclass(frozen=True)

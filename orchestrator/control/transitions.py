@@ -152,13 +152,16 @@ def allowed_actions(job: JobRow) -> list[str]:
     """What a user may do with the job now: of cancel, pause, resume, retry."""
     state = JobState(job.state)
     if state in (JobState.FAILED, JobState.CANCELLED):
-        return ["retry"]
+        return ["retry"] if job.search_id is None else []
     if state.is_terminal:
         return []
     if job.desired == Desired.STOP or state is JobState.STOPPING:
         return []
+    if job.search_id is not None:
+        # A trial is paused with its search.
+        return ["cancel"]
     if job.desired == Desired.PAUSE:
         return ["cancel", "resume"]
     # Evaluation and export keep nothing from which they could continue: while one runs, a pause would waste it.
-    can_pause = state is JobState.QUEUED or job.kind in ("pretrain", "finetune")
+    can_pause = state is JobState.QUEUED or job.kind in ("pretrain", "finetune", "search")
     return ["cancel", "pause"] if can_pause else ["cancel"]

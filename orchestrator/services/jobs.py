@@ -40,6 +40,8 @@ class JobFilter:
     """A part of the name, in any case."""
     labels: tuple[str, ...] = ()
     """Each `key=value`."""
+    search: str | None = None
+    """The trials of this search; None: jobs that are no trials."""
 
 
 def find_job(session: Session, job_id: str) -> JobRow:
@@ -178,7 +180,7 @@ def _desire(
 
 
 def _filtered(wanted: JobFilter) -> Select[Any]:
-    query = select(JobRow)
+    query = select(JobRow).where(JobRow.search_id == wanted.search)
     if wanted.states:
         query = query.where(JobRow.state.in_(wanted.states))
     if wanted.kind is not None:

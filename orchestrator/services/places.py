@@ -39,7 +39,7 @@ _deciding = threading.Lock()
 # Made once: to put a statement together takes as long as to execute it.
 _QUEUE = select(
     func.count(), func.sum(JobRow.version), func.count(JobRow.start_workers), func.max(JobRow.created_at)
-).where(JobRow.state == JobState.QUEUED)
+).where(JobRow.state == JobState.QUEUED, JobRow.search_id.is_(None))
 _CLUSTER = select(ClusterRow.seen_at, ClusterRow.reachable)
 _PRIORITY = bindparam("priority", type_=JobRow.priority.type)
 _CREATED_AT = bindparam("created_at", type_=JobRow.created_at.type)
@@ -47,14 +47,16 @@ _BEFORE = select(func.count()).where(
     JobRow.state == JobState.QUEUED,
     JobRow.start_workers.is_(None),
     JobRow.desired == Desired.RUN,
+    JobRow.search_id.is_(None),
     or_(JobRow.priority > _PRIORITY, and_(JobRow.priority == _PRIORITY, JobRow.created_at < _CREATED_AT)),
 )
 
 
 def waits(row: JobRow) -> bool:
     """Whether a job waits for its turn. One that the scheduler has let go, or that is wanted paused or stopped, does
-    not."""
-    return row.state == JobState.QUEUED and row.start_workers is None and row.desired == Desired.RUN
+    not; nor does a trial, whose search begins it."""
+    is_free = row.start_workers is None and row.search_id is None
+    return row.state == JobState.QUEUED and is_free and row.desired == Desired.RUN
 
 
 def find_places(session: Session, job_ids: Collection[str], kept_s: float = KEPT_S) -> dict[str, QueuePublic]:

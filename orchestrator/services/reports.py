@@ -1,7 +1,7 @@
 """What drivers tell the control plane: the claim of an attempt, then batches of heartbeats, metrics and events.
 
-Never writes `JobRow.state`: the reconciler reads what is noted here and decides. A batch changes everything it says in
-one transaction, or, when it was seen before, nothing.
+Never writes `JobRow.state`, except that a trial runs: the reconciler reads what is noted here and decides. A batch
+changes everything it says in one transaction, or, when it was seen before, nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from configs.ids import parse_attempt_id
 from configs.states import AttemptState, Desired, JobState
 from configs.wire import ClaimReply, ClaimRequest, Heartbeat, ReportBatch, ReportReply, to_columns
+from orchestrator.control.transitions import transition
 from orchestrator.services.problems import Fenced, Invalid, NotFound, field_error
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
@@ -46,7 +47,7 @@ def claim_attempt(db: Database, attempt_id: str, request: ClaimRequest) -> Claim
             record(session, job.id, "attempt.claimed", message, attempt_id, attempt.number)
         elif not hmac.compare_digest(attempt.claim_nonce.encode(), request.nonce.encode()):
             raise Fenced(f"Attempt {attempt_id} was claimed by another driver.", state=job.state)
-        return ClaimReply(attempt_id=attempt_id, desired=Desired(job.desired))
+        return ClaimReply(attempt_id=attempt_id, desired=_order(session, job))
 
 
 def ingest_report(db: Database, attempt_id: str, batch: ReportBatch) -> ReportReply:
@@ -70,7 +71,30 @@ def ingest_report(db: Database, attempt_id: str, batch: ReportBatch) -> ReportRe
             attempt.reported = attempt.reported or batch.finished
             if not ended:
                 _note_progress(job, attempt, batch, datetime.now(UTC))
-        return ReportReply(desired=Desired.STOP if ended else Desired(job.desired), acknowledged_seq=attempt.report_seq)
+                _note_trial_runs(session, job, attempt)
+        desired = Desired.STOP if ended else _order(session, job)
+        return ReportReply(desired=desired, acknowledged_seq=attempt.report_seq)
+
+
+def _order(session: Session, job: JobRow) -> Desired:
+    """What is desired of the job; of a trial also what is desired of its search."""
+    own = Desired(job.desired)
+    search = session.get(JobRow, job.search_id) if job.search_id is not None else None
+    if search is None or own is Desired.STOP:
+        return own
+    if JobState(search.state).is_terminal:
+        return Desired.STOP
+    return Desired(search.desired) if search.desired != Desired.RUN else own
+
+
+def _note_trial_runs(session: Session, job: JobRow, attempt: AttemptRow) -> None:
+    """A trial runs once all its ranks have reported. (Of other jobs the reconciler says so.)"""
+    if job.search_id is None or attempt.state != AttemptState.STARTING or len(attempt.ranks) < attempt.world_size:
+        return
+    attempt.state = AttemptState.RUNNING
+    if job.state in (JobState.PREPARING, JobState.RECOVERING):
+        message = f"All {attempt.world_size} workers of attempt {attempt.number} have reported"
+        transition(session, job, JobState.RUNNING, message=message, actor=attempt.id, attempt=attempt.number)
 
 
 def _locked(session: Session, attempt_id: str) -> tuple[JobRow, AttemptRow]:

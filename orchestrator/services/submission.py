@@ -24,10 +24,12 @@ from configs.load import apply_overrides, parse_spec, parse_text
 from configs.plan import Plan, plan
 from configs.probe_cards import fill_probes, probed_sources
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, PretrainJob
+from configs.search_trials import check_search, resolve_search
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, SearchJob, TrainingJob
 from configs.states import JobState
 from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
+from orchestrator.control.trials import copy_trials
 from orchestrator.schemas import JobCreate, JobPreview
 from orchestrator.services.auth import Actor
 from orchestrator.services.calibration import calibrate
@@ -37,7 +39,7 @@ from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.registry import resolve_ref
-from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow
+from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow, SearchRow
 
 _Found = TypeVar("_Found")
 _UNDECIDED = "ckpt_undecided"
@@ -117,16 +119,19 @@ def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) ->
     with db.session() as session:
         earlier = claim(session, key)
         if earlier is not None:
-            return _replayed(earlier)
-        row = _row(request, prepare(session, request, hold=True))
-        return _insert(session, actor, row, key)
+            return replayed(earlier)
+        prepared = prepare(session, request, hold=True)
+        submitted = insert_job(session, actor, job_row(request, prepared), key)
+        if isinstance(prepared.spec, SearchJob):
+            session.add(SearchRow(job_id=submitted.job_id, num_trials=prepared.spec.budget.trials))
+        return submitted
 
 
 def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> str:
     """Queue the import of an uploaded file, in the caller's transaction; returns the job's id. Raises SpecError."""
     spec = parse_spec(document)
-    row = _row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
-    return _insert(session, actor, row, None).job_id
+    row = job_row(Request(document, {}), Prepared(spec, None, None, plan(spec, None)))
+    return insert_job(session, actor, row, None).job_id
 
 
 def submit_together(
@@ -141,13 +146,13 @@ def submit_together(
     rows = []
     for number, request in enumerate(requests):
         try:
-            rows.append(_row(request, prepare(session, request, hold=True)))
+            rows.append(job_row(request, prepare(session, request, hold=True)))
         except SpecError as error:
             for fault in (place(number, fault) for fault in error.errors):
                 faults.setdefault((fault.pointer, fault.message), fault)
     if faults:
         raise SpecError(list(faults.values()))
-    return tuple(_insert(session, actor, row, None).job_id for row in rows)
+    return tuple(insert_job(session, actor, row, None).job_id for row in rows)
 
 
 def preview_job(db: Database, request: Request) -> JobPreview:
@@ -173,8 +178,11 @@ def plan_job(db: Database, request: Request) -> Plan:
         SpecError: with a pointer for every fault.
     """
     with db.reader() as session:
-        spec, card, source, _ = _look_up(session, request, for_plan=True, hold=False)
         calibration = calibrate(session)
+        spec = _parse(request, for_plan=True)
+        if isinstance(spec, SearchJob):
+            return _prepare_search(session, spec, hold=False).plan
+        spec, card, source, _ = _look_up(session, spec, for_plan=True, hold=False)
     return plan(spec, card, request.gpu, source, calibration)
 
 
@@ -191,7 +199,7 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
     with db.session() as session:
         earlier = claim(session, key)
         if earlier is not None:
-            return _replayed(earlier)
+            return replayed(earlier)
         find_job(session, job_id)
         # Before the checkpoint's row: retention takes the two locks in this order, too.
         old = lock_job(session, job_id)
@@ -199,9 +207,12 @@ def retry_job(db: Database, actor: Actor, job_id: str, resume: bool, key: Key | 
         check_action(old, "retry")
         checkpoint = _last_checkpoint(session, old) if resume else None
         if old.init_from is not None and checkpoint is None and "/" not in old.init_from:
-            _require(session, old.init_from)
-        row = _copy(old, checkpoint)
-        submitted = _insert(session, actor, row, key)
+            require_checkpoint(session, old.init_from)
+        row = copy_job(old, checkpoint)
+        submitted = insert_job(session, actor, row, key)
+        if old.kind == "search":
+            limits = session.get_one(SearchRow, old.id)
+            copy_trials(session, old, row.id, limits.num_trials)
         how = f"from step {checkpoint.step}" if checkpoint is not None else "from the start"
         record(session, job_id, "job.retried", f"Retried as {row.id}, {how}", actor.name, data={"job_id": row.id})
         return submitted
@@ -221,8 +232,29 @@ def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:
     Raises:
         SpecError: with a pointer for every fault.
     """
-    spec, card, source, init_from = _look_up(session, request, for_plan=False, hold=hold)
+    spec = _parse(request, for_plan=False)
+    if isinstance(spec, SearchJob):
+        return _prepare_search(session, spec, hold=hold)
+    spec, card, source, init_from = _look_up(session, spec, for_plan=False, hold=hold)
     return Prepared(resolve(spec, card, source), card, init_from, plan(spec, card, None, source))
+
+
+def _prepare_search(session: Session, search: SearchJob, *, hold: bool) -> Prepared:
+    """A search whose space was tried at its corners: each of them a whole job."""
+    _check_dependencies(session, search)
+    made: list[Prepared] = []
+
+    def complete(raw: dict[str, Any]) -> TrainingJob:
+        prepared = prepare(session, Request(raw, {}), hold=hold)
+        assert isinstance(prepared.spec, TrainingJob), "trials are trainings"
+        made.append(prepared)
+        return prepared.spec
+
+    resolved = resolve_search(search, check_search(search, complete))
+    note = f"Of one trial; the search makes {resolved.budget.trials}."
+    of_trial = made[0].plan
+    planned = of_trial.model_copy(update={"notes": (note, *of_trial.notes)})
+    return Prepared(resolved, None, made[0].init_from, planned)
 
 
 def registered_datasets(session: Session) -> dict[str, DatasetCard]:
@@ -232,16 +264,15 @@ def registered_datasets(session: Session) -> dict[str, DatasetCard]:
 
 # -- what a description refers to --------------------------------------------------------------------------------------
 def _look_up(
-    session: Session, request: Request, *, for_plan: bool, hold: bool
+    session: Session, spec: JobSpec, *, for_plan: bool, hold: bool
 ) -> tuple[JobSpec, DatasetCard | None, SourceCheckpoint | None, str | None]:
-    """The parsed spec with its data set's card, the checkpoint it starts from, and how that is stored."""
-    spec = _parse(request, for_plan=for_plan)
+    """The spec with its data set's card, the checkpoint it starts from, and how that is stored."""
     if isinstance(spec, ImportJob):
         raise SpecError.at(
             "/kind",
             "an import begins with its file: POST /v1/checkpoints:import, or `patchwork import`",
             "import",
-            "pretrain, finetune, evaluate, inspect, export",
+            "pretrain, finetune, evaluate, inspect, export, search",
         )
     faults: list[FieldError] = []
     source, init_from = None, None
@@ -305,13 +336,15 @@ def _check_dependencies(session: Session, spec: JobSpec) -> None:
         raise SpecError(faults)
 
 
-def _require(session: Session, checkpoint_id: str) -> None:
+def require_checkpoint(session: Session, checkpoint_id: str) -> None:
+    """Hold a checkpoint until this transaction ends. Raises SpecError: it is gone."""
     if resolve_ref(session, checkpoint_id, hold=True) is None:
         raise SpecError.at("/init_from", f"checkpoint {checkpoint_id} was deleted", checkpoint_id)
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
-def _row(request: Request, prepared: Prepared) -> JobRow:
+def job_row(request: Request, prepared: Prepared) -> JobRow:
+    """The row of a new job, in no session yet."""
     spec, card = prepared.spec, prepared.dataset
     stored = canonical_json(spec)
     return JobRow(
@@ -328,8 +361,15 @@ def _row(request: Request, prepared: Prepared) -> JobRow:
         init_from=prepared.init_from,
         plan=prepared.plan.model_dump(mode="json"),
         priority=spec.queue.priority,
-        total_steps=spec.schedule.total_steps if isinstance(spec, PretrainJob | FinetuneJob) else None,
+        total_steps=_total(spec),
     )
+
+
+def _total(spec: JobSpec) -> int | None:
+    """Steps of a training, trials of a search."""
+    if isinstance(spec, SearchJob):
+        return spec.budget.trials
+    return spec.schedule.total_steps if isinstance(spec, TrainingJob) else None
 
 
 _COPIED = (
@@ -349,7 +389,8 @@ _COPIED = (
 )
 
 
-def _copy(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
+def copy_job(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
+    """A new job as `old` was, in no session yet; with `checkpoint` it goes on from there."""
     return JobRow(
         id=new_job_id(),
         retry_of=old.id,
@@ -359,7 +400,8 @@ def _copy(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
     )
 
 
-def _insert(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
+def insert_job(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
+    """Queue a new job in this transaction, and remember the answer to the request with this key."""
     row.created_by = actor.name
     enqueue(session, row, actor=actor.name, at=datetime.now(UTC))
     public = publish_new(session, row)
@@ -368,5 +410,6 @@ def _insert(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Sub
     return Submitted(row.id, answer, replayed=False)
 
 
-def _replayed(answer: Answer) -> Submitted:
+def replayed(answer: Answer) -> Submitted:
+    """The answer to a request that came before."""
     return Submitted(json.loads(answer.body)["id"], answer, replayed=True)

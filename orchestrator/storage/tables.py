@@ -1,4 +1,4 @@
-"""The database: jobs, attempts, events, metrics, checkpoints, data sets, tokens. Truth lives here.
+"""The database: jobs, attempts, searches, events, metrics, checkpoints, data sets, tokens. Truth lives here.
 
 The jobs table is the queue. A lease (token, owner, expiry) lets one reconciler at a time act for a job; every write it
 makes is guarded by the token. Times are aware UTC; JSON columns hold what pydantic models dumped.
@@ -86,6 +86,8 @@ class JobRow(Base):
     retry_of: Mapped[str | None] = mapped_column(String(40), nullable=True)
     resume_from: Mapped[str | None] = mapped_column(String(120), nullable=True)
     """Checkpoint id that the first attempt continues from (retry of another job)."""
+    search_id: Mapped[str | None] = mapped_column(String(40), nullable=True, index=True)
+    """The search that this job is a trial of: that one's driver runs it, the queue does not."""
     plan: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     priority: Mapped[int] = mapped_column(Integer)
     total_steps: Mapped[int | None] = mapped_column(BigInteger, nullable=True)
@@ -129,6 +131,41 @@ class JobRow(Base):
     )
 
 
+class SearchRow(Base):
+    """What may change of a search while it runs."""
+
+    __tablename__ = "searches"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    num_trials: Mapped[int] = mapped_column(Integer)
+    """The budget now; it only grows."""
+    slots: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    """At most so many trials side by side."""
+
+
+class TrialRow(Base):
+    """A trial of a search; the job that it is holds its state, attempts, metrics and checkpoints. A search that goes on
+    from another one has rows of its own for that one's trials."""
+
+    __tablename__ = "trials"
+
+    search_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    role: Mapped[str] = mapped_column(String(16))
+    """trial | final"""
+    setting: Mapped[int] = mapped_column(Integer)
+    repeat: Mapped[int] = mapped_column(Integer)
+    params: Mapped[dict[str, Any]] = mapped_column(JSON)
+    parent: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    parent_step: Mapped[int | None] = mapped_column(BigInteger, nullable=True)
+    replaces: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    asked_after: Mapped[int] = mapped_column(Integer)
+    """How many ends the sampler had been told of when it gave this setting."""
+    told: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    """The place of this trial's end among all ends of the search, from 1."""
+
+
 class AttemptRow(Base):
     __tablename__ = "attempts"
 
@@ -165,6 +202,8 @@ class AttemptRow(Base):
     killed_at: Mapped[datetime | None] = mapped_column(nullable=True)
     ended_at: Mapped[datetime | None] = mapped_column(nullable=True)
     wasted_steps: Mapped[int] = mapped_column(BigInteger, default=0)
+    ended_trials: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Of a search: trials that came to their end in this attempt."""
 
     __table_args__ = (UniqueConstraint("job_id", "number"),)
 

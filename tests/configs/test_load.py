@@ -93,7 +93,6 @@ def test_a_valid_job_parses() -> None:
         ("queue__priority", 101, "/queue/priority", ["101", "at most 100"]),
         ("queue__depends_on", "job_x", "/queue/depends_on", ["a list"]),
         ("schema_version", 2, "/schema_version", ["2", "1"]),
-        ("kind", "search", "/kind", ["not available yet"]),
         ("kind", "pretrian", "/kind", ["pretrian", "Did you mean pretrain"]),
         ("kind", ["pretrain"], "/kind", ["pretrain, finetune, evaluate, inspect, export"]),
         ("init_from", "ckpt_x", "/init_from", ["unknown field"]),

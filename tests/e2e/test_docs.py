@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel
 
 from configs.load import list_presets, parse_spec
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, InspectJob, PretrainJob
+from configs.service import Queue, Resources, Retry
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, InspectJob, PretrainJob, SearchJob
 from orchestrator.cli.main import run
 from orchestrator.settings import Settings
 from workers.node import NodeSettings
@@ -53,7 +54,8 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize(("name", "block"), blocks("yaml"))
 def test_job_descriptions_are_valid(name: str, block: str) -> None:
-    assert parse_spec(yaml.safe_load(block)).kind in ("pretrain", "finetune", "evaluate", "inspect", "export"), name
+    kinds = ("pretrain", "finetune", "evaluate", "inspect", "export", "search")
+    assert parse_spec(yaml.safe_load(block)).kind in kinds, name
 
 
 @pytest.mark.parametrize(("name", "block"), blocks("python"))
@@ -87,6 +89,13 @@ def test_every_field_of_a_job_is_documented() -> None:
     for model in (PretrainJob, FinetuneJob, EvaluateJob, InspectJob, ExportJob):
         missing = {field for field in fields(model) if not re.search(rf"\b{field}\b", text)}
         assert not missing
+
+
+def test_every_field_of_a_search_is_documented() -> None:
+    text = TEXTS["docs/search.md"]
+    common = set(ExportJob.model_fields) - {"resources"}
+    own = fields(SearchJob) - common - fields(Resources) - fields(Queue) - fields(Retry)
+    assert not {field for field in own if not re.search(rf"\b{field}\b", text)}
 
 
 def test_every_setting_is_documented() -> None:

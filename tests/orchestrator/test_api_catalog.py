@@ -28,7 +28,7 @@ def test_presets_are_listed_and_found(api: TestClient) -> None:
     assert api.get("/v1/presets/paper/nothing").status_code == 404
 
 
-WITH_SIZES = [info for info in list_presets() if {"variant", "embed_dim"} & set(info.spec["model"])]
+WITH_SIZES = [info for info in list_presets() if {"variant", "embed_dim"} & set(info.spec.get("model", {}))]
 
 
 @pytest.mark.parametrize("info", WITH_SIZES, ids=lambda info: info.name)

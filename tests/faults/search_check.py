@@ -1,0 +1,198 @@
+"""Searches whose parts are killed, on real parts: `python -m tests.faults.search_check [--only NAME] [--trials N]`.
+
+    killed       SIGKILL of the search's driver and of the API; TPE gives the settings of an undisturbed run
+    population   population-based training: the worse one is replaced, from the better one's checkpoint
+    leaks        many tiny trials: no placement group, actor, process or temporary directory is left
+
+Prints what each took and found; exits with 1 at the first that does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from configs.ids import parse_checkpoint_id
+from configs.resolve import load_resolved
+from configs.spec import SearchJob
+from orchestrator.client import Client
+from orchestrator.embedded.data_dir import DataDir
+from orchestrator.embedded.stack import Stack
+from orchestrator.schemas import JobPublic
+from orchestrator.search_schemas import TrialPublic
+from tests.stack.jobs import fashion_mnist_folder, until
+from tests.stack.test_search import assert_nothing_is_placed, searching, trial_job
+from workers.search.samplers import Outcome, make_sampler
+
+DEADLINE_S = 1800.0
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def succeeded(client: Client, job_id: str) -> JobPublic:
+    job = client.jobs.wait(job_id, DEADLINE_S, poll_s=0.5)
+    events = "\n".join(f"{e.type}: {e.message}" for e in client.jobs.events(job_id))
+    check(job.state == "SUCCEEDED", f"{job.state} {job.reason}: {job.message}\n{events}")
+    return job
+
+
+def driver_pid(client: Client, job_id: str) -> int:
+    """The process that reports for the search's last attempt."""
+
+    def probe() -> int | None:
+        attempts = client.jobs.get(job_id).attempts
+        return attempts[-1].ranks[0].pid if attempts and attempts[-1].ranks else None
+
+    return until("the driver reports", probe)
+
+
+def trains(client: Client, job_id: str) -> None:
+    """Until a trial's job has done a step, or ended."""
+    until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, 300)
+
+
+# -- the scenarios -----------------------------------------------------------------------------------------------------
+def killed(client: Client, stack: Stack, num_trials: int) -> str:
+    asked = searching(algorithm="tpe", budget={"trials": num_trials}, concurrency=1, seed=3, name="killed")
+    search = client.jobs.create(asked)
+    trains(client, trial_job(client, search.id, 2))
+    os.kill(driver_pid(client, search.id), signal.SIGKILL)
+    trains(client, trial_job(client, search.id, 4))
+    (server,) = psutil.Process(stack.pid("api")).children()
+    os.kill(server.pid, signal.SIGKILL)
+    job = succeeded(client, search.id)
+    reasons = [attempt.exit_reason for attempt in job.attempts]
+    check(reasons == ["DRIVER_LOST", "COMPLETED"], f"attempts ended {reasons}")
+    trials = client.searches.trials(search.id)
+    numbers = [(t.number, t.state) for t in trials]
+    check(numbers == [(n, "SUCCEEDED") for n in range(1, num_trials + 1)], f"trials {numbers}")
+    check(len({t.job_id for t in trials}) == num_trials, "a trial was run as two")
+    assert_suggestions_of_an_undisturbed_run(job.spec, trials)
+    return f"{num_trials} trials, each once, with the settings of an undisturbed run; attempts ended {reasons}"
+
+
+def assert_suggestions_of_an_undisturbed_run(spec: dict[str, Any], trials: tuple[TrialPublic, ...]) -> None:
+    """Each setting is what the sampler gives after it was told of all trials before, one after the other."""
+    search = load_resolved(spec)
+    assert isinstance(search, SearchJob)
+    sampler = make_sampler(search)
+    for index, trial in enumerate(trials):
+        check(sampler.ask(index) == trial.params, f"trial {trial.number} has another setting")
+        sampler.tell(index, trial.params, Outcome(trial.value, trial.step))
+
+
+def population(client: Client, stack: Stack, num_trials: int) -> str:
+    space = {"optim.lr": {"type": "log_uniform", "low": 1e-6, "high": 1e-2}}
+    asked = searching(
+        scheduler={"name": "pbt", "interval_steps": 8, "quantile": 0.5, "resample_probability": 0.0},
+        space=space,
+        budget={"trials": 2},
+        concurrency=2,
+        seed=seed_of_a_bad_and_a_good_one(space),
+        name="population",
+    )
+    search = client.jobs.create(asked)
+    succeeded(client, search.id)
+    trials = {t.number: t for t in client.searches.trials(search.id, curves=True)}
+    made = [t for t in trials.values() if t.parent is not None]
+    check(bool(made), "nobody was replaced")
+    for trial in made:
+        assert trial.parent is not None
+        assert trial.replaces is not None
+        replaced, parent = trials[trial.replaces], trials[trial.parent]
+        check(replaced.reason == "STOPPED_EARLY" and replaced.message.startswith("pbt: at step"), replaced.message)
+        ratio = trial.params["optim.lr"] / parent.params["optim.lr"]
+        check(min(abs(ratio - 1.2), abs(ratio - 1 / 1.2)) < 1e-6, f"learning rate changed by {ratio}")
+        first = client.jobs.get(trial.job_id).attempts[0]
+        source, step, _ = parse_checkpoint_id(first.from_checkpoint or "")
+        check((source, step) == (parent.job_id, first.from_step), "it began elsewhere")
+        check(trial.state == "SUCCEEDED" and (trial.value or 0) > (replaced.value or 0), f"{trial} {replaced}")
+    return f"{len(made)} replaced; values {[round(t.value or 0, 3) for t in trials.values()]}"
+
+
+def seed_of_a_bad_and_a_good_one(space: dict[str, Any]) -> int:
+    """Of a population of two, one that learns nothing and one that does."""
+    for seed in range(1000):
+        search = load_resolved(searching(space=space, seed=seed))
+        assert isinstance(search, SearchJob)
+        sampler = make_sampler(search)
+        rates = [(sampler.ask(index) or {})["optim.lr"] for index in range(2)]
+        if rates[0] < 1e-5 and 2e-3 < rates[1] < 6e-3:
+            return seed
+    raise AssertionError("no such seed")
+
+
+def leaks(client: Client, stack: Stack, num_trials: int) -> str:
+    asked = searching(budget={"trials": num_trials}, concurrency=4, name="leaks")
+    asked["base"]["schedule"] = {"total_steps": 2}
+    asked["base"]["checkpoint"] = {}
+    asked["base"]["eval"] = {"batch_size": 500}
+    before = set(os.listdir(tempfile.gettempdir()))
+    began = time.monotonic()
+    search = client.jobs.create(asked)
+    succeeded(client, search.id)
+    took_s = time.monotonic() - began
+    check(len(client.searches.trials(search.id)) == num_trials, "another number of trials")
+    assert_nothing_is_placed(stack)
+    left = sorted(set(os.listdir(tempfile.gettempdir())) - before)
+    check(not left, f"left in the temporary directory: {left}")
+    ours = f"ray::{'RankProcess'}"
+    running = [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(ours)]
+    check(not running, f"processes {running}")
+    return f"{num_trials} trials in {took_s:.0f} s, 4 side by side; nothing left"
+
+
+SCENARIOS: dict[str, Callable[[Client, Stack, int], str]] = {
+    "killed": killed,
+    "population": population,
+    "leaks": leaks,
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=SCENARIOS, action="append")
+    parser.add_argument("--trials", type=int, default=None, help="default: 8 in killed, 50 in leaks")
+    given = parser.parse_args(argv)
+    folder = Path(tempfile.mkdtemp(prefix="pw-sc-"))
+    data_root = folder / "data"
+    data_root.mkdir()
+    (data_root / "fashion-mnist").symlink_to(fashion_mnist_folder())
+    stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=8, data_root=data_root)
+    stack.start()
+    stop = threading.Event()
+    watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
+    watcher.start()
+    try:
+        with Client(stack.url, stack.token) as client:
+            for name in given.only or SCENARIOS:
+                began = time.monotonic()
+                found = SCENARIOS[name](client, stack, given.trials or (50 if name == "leaks" else 8))
+                print(f"{name}: {found} ({time.monotonic() - began:.0f} s)", flush=True)
+    except AssertionError as error:
+        print(f"does not hold: {error}", flush=True)
+        return 1
+    finally:
+        stop.set()
+        watcher.join()
+        stack.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""Searches on real parts: Ray Tune, plain actors in its placement groups, real images."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import vit
+from orchestrator.client import Client
+from orchestrator.embedded.stack import Stack
+from orchestrator.fetch import fetch
+from orchestrator.schemas import JobPublic
+from tests.stack.jobs import finished, pretraining, running_attempt, until
+
+pytestmark = pytest.mark.stack
+DEADLINE_S = 300.0
+
+
+def searching(**fields: Any) -> dict[str, Any]:
+    """A search over the learning rate of a tiny model: trials of one worker and 24 steps, judged on held-out images."""
+    base = pretraining(
+        schedule={"total_steps": 24, "warmup_steps": 2},
+        resources={"workers": 1, "gpus_per_worker": 0},
+        checkpoint={"every_steps": 8, "keep_last": 3},
+        eval={"every_steps": 8, "batch_size": 500},
+        data__holdout={"fraction": 0.02},
+        data__subset=None,
+        data__augment={"crop": "resize"},
+        zero={"stage": 0},
+    )
+    return {
+        "kind": "search",
+        "name": "small search",
+        "base": base,
+        "space": {"optim.lr": {"type": "log_uniform", "low": 1e-5, "high": 1e-2}},
+        "budget": {"trials": 2},
+        "concurrency": 1,
+        **fields,
+    }
+
+
+def ended(client: Client, job_id: str) -> JobPublic:
+    return finished(client, job_id, DEADLINE_S)
+
+
+def trial_job(client: Client, search_id: str, number: int) -> str:
+    """The job of a trial, once that was made."""
+
+    def probe() -> str | None:
+        return next((t.job_id for t in client.searches.trials(search_id) if t.number == number), None)
+
+    return until(f"trial {number}", probe)
+
+
+def assert_nothing_is_placed(stack: Stack) -> None:
+    """No placement group and no live actor on the cluster."""
+    (ray,) = [watched.part for watched in stack._watched if watched.part.name == "ray-head"]
+    with httpx.Client(base_url=ray.address, headers=ray.headers, trust_env=False, timeout=60) as http:  # type: ignore[attr-defined]
+
+        def left(kind: str, gone: str) -> list[str]:
+            rows = http.get(f"/api/v0/{kind}", params={"limit": 1000}).json()["data"]["result"]["result"]
+            return [str(row) for row in rows if row["state"] != gone]
+
+        until("placement groups gone", lambda: not left("placement_groups", "REMOVED"), 60)
+        until("actors gone", lambda: not left("actors", "DEAD"), 60)
+
+
+def test_a_search_loses_a_worker_and_no_trial(client: Client, stack: Stack, tmp_path: Path) -> None:
+    grid = {"optim.lr": {"type": "grid", "values": [1e-6, 3e-3]}}
+    asked = searching(space=grid, algorithm="grid", final={}, name="lossy")
+    search = client.jobs.create(asked)
+    first = trial_job(client, search.id, 1)
+    attempt = running_attempt(client, first, step=3)
+    os.kill(attempt.ranks[0].pid, signal.SIGKILL)
+    job = ended(client, search.id)
+
+    trials = client.searches.trials(search.id, curves=True)
+    assert [(t.number, t.role, t.state) for t in trials] == [
+        (1, "trial", "SUCCEEDED"),
+        (2, "trial", "SUCCEEDED"),
+        (3, "final", "SUCCEEDED"),
+    ]
+    assert [step for step, _ in trials[0].curve] == [8, 16, 24]
+    assert [a.exit_reason for a in client.jobs.get(first).attempts] == ["WORKER_LOST", "COMPLETED"]
+    best = client.searches.best(search.id)
+    assert (best.number, best.params) == (2, {"optim.lr": 3e-3})
+    assert "Best is trial 2" in job.message
+    assert client.jobs.get(trials[2].job_id).spec["data"]["holdout"] is None
+
+    report, picture = client.searches.report(search.id), io.BytesIO()
+    assert [setting.params["optim.lr"] for setting in report.settings] == [3e-3, 1e-6]
+    assert report.final is not None
+    assert client.searches.write_picture(search.id, picture) > 10_000
+    assert picture.getvalue().startswith(b"\x89PNG")
+    # Its checkpoint is an ordinary one.
+    fetched = fetch(client, f"{best.job_id}/best", tmp_path / "model")
+    assert vit.load(fetched.folder).config.embed_dim == 32
+    assert_nothing_is_placed(stack)
+
+
+def test_asha_stops_the_worse_half_and_a_pause_holds_all(client: Client) -> None:
+    grid = {"optim.lr": {"type": "grid", "values": [3e-3, 1e-6, 1e-7]}}
+    asha = {"name": "asha", "grace_steps": 8, "reduction": 2}
+    search = client.jobs.create(searching(space=grid, algorithm="grid", scheduler=asha, budget={"trials": 3}))
+    running_attempt(client, trial_job(client, search.id, 1), step=2)
+    client.jobs.pause(search.id)
+    until("paused", lambda: client.jobs.get(search.id).state == "PAUSED")
+    # The first one may have come to its end before it heard of the pause.
+    assert all(t.state in ("QUEUED", "SUCCEEDED") for t in client.searches.trials(search.id))
+    client.jobs.resume(search.id)
+    ended(client, search.id)
+    trials = client.searches.trials(search.id)
+    assert [(t.state, t.reason) for t in trials] == [
+        ("SUCCEEDED", "COMPLETED"),
+        ("CANCELLED", "STOPPED_EARLY"),
+        ("CANCELLED", "STOPPED_EARLY"),
+    ]
+    assert trials[1].message.startswith("asha: at rung 8 its value")
+    assert trials[1].value is not None
+    assert trials[1].step < 24
+    assert client.searches.best(search.id).number == 1
