@@ -25,16 +25,7 @@ from configs.plan import Plan, plan
 from configs.probe_cards import fill_probes, probed_sources
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
 from configs.search_trials import check_search, resolve_search
-from configs.spec import (
-    EvaluateJob,
-    ExportJob,
-    FinetuneJob,
-    ImportJob,
-    InspectJob,
-    JobSpec,
-    SearchJob,
-    TrainingJob,
-)
+from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, SearchJob, TrainingJob
 from configs.states import JobState
 from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
@@ -187,11 +178,11 @@ def plan_job(db: Database, request: Request) -> Plan:
         SpecError: with a pointer for every fault.
     """
     with db.reader() as session:
+        calibration = calibrate(session)
         spec = _parse(request, for_plan=True)
         if isinstance(spec, SearchJob):
             return _prepare_search(session, spec, hold=False).plan
         spec, card, source, _ = _look_up(session, spec, for_plan=True, hold=False)
-        calibration = calibrate(session)
     return plan(spec, card, request.gpu, source, calibration)
 
 

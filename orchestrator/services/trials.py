@@ -27,6 +27,7 @@ from configs.states import AttemptState, JobState
 from orchestrator.control.attempts import CannotStart, end_attempt, start_attempt
 from orchestrator.control.decide import Observation, conclude
 from orchestrator.control.leases import Claim, claim_job, guarded, release
+from orchestrator.control.measured import recover_measured
 from orchestrator.control.observe import load_facts, made_progress
 from orchestrator.control.queue_view import last_attempt
 from orchestrator.control.transitions import enqueue, transition
@@ -247,7 +248,12 @@ def begin_trial(db: Database, store: ObjectStore, attempt_id: str, number: int) 
         _mark_ended(session, search, row, job)
         is_over, job_id = JobState(job.state).is_terminal, job.id
         cluster_id, created_at = attempt.cluster_id, datetime.now(UTC)
+        last_id = None if last is None else last.id
     if not is_over:
+        if last_id is not None:
+            # Its driver was killed: what it measured up to its last checkpoint is never done again.
+            register_manifests(db, store, job_id)
+            recover_measured(db, store, last_id, guard=lambda session: _speaking(session, attempt_id, lock=True))
         _start(db, store, job_id, attempt_id, workers_per_trial(spec), cluster_id, created_at)
     with db.session() as session:
         search, _ = _speaking(session, attempt_id, lock=True)
@@ -298,14 +304,16 @@ def end_trial(
         search, _ = _speaking(session, attempt_id, lock=True)
         _, job = _trial(session, search, number)
         job_id = job.id
+        ending_attempt = session.get(AttemptRow, end.exit.attempt_id)
+        if ending_attempt is None or ending_attempt.job_id != job_id:
+            raise NotFound(f"Trial {number} has no attempt {end.exit.attempt_id!r}.")
     register_manifests(db, store, job_id)
+    recover_measured(db, store, end.exit.attempt_id, guard=lambda session: _speaking(session, attempt_id, lock=True))
     facts = load_facts(db, job_id)
     with db.session() as session:
         search, own_attempt = _speaking(session, attempt_id, lock=True)
         row, job = _trial(session, search, number)
-        attempt = session.get(AttemptRow, end.exit.attempt_id)
-        if attempt is None or attempt.job_id != job_id:
-            raise NotFound(f"Trial {number} has no attempt {end.exit.attempt_id!r}.")
+        attempt = session.get_one(AttemptRow, end.exit.attempt_id)
         now = datetime.now(UTC)
         if attempt.state != AttemptState.ENDED and not JobState(job.state).is_terminal:
             newest = newest_checkpoint(session, job_id)

@@ -1,6 +1,6 @@
 """Searches whose parts are killed, on real parts: `python -m tests.faults.search_check [--only NAME] [--trials N]`.
 
-    killed       SIGKILL of the search's driver and of the API; TPE gives an undisturbed run's settings all the same
+    killed       SIGKILL of the search's driver and of the API; TPE gives the settings of an undisturbed run
     population   population-based training: the worse one is replaced, from the better one's checkpoint
     leaks        many tiny trials: no placement group, actor, process or temporary directory is left
 

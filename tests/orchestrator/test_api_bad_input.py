@@ -63,7 +63,6 @@ def _counts(db: Database) -> list[int | None]:
         ({"data__source": {"type": "torchvision", "name": "CIFAR11"}}, "/data/source/name", "CIFAR10"),
         ({"data__source": {"type": "parquet"}}, "/data/source/type", "not available yet"),
         ({"data__source": {"type": "http", "url": "http://169.254.169.254/"}}, "/data/source/type", "synthetic"),
-        ({"kind": "search"}, "/kind", "not available yet"),
         ({"kind": "prtrain"}, "/kind", "pretrain"),
         ({"name": "two\nlines"}, "/name", "text matching"),
         ({"labels": {"a": "\x00"}}, "/labels/a", "text matching"),
