@@ -72,13 +72,14 @@ def inspect_checkpoint(
     """Draw the pictures of `model`, the checkpoint of `manifest`, and write them to the job's folder of the store."""
     assert spec.pictures is not None, "a resolved inspection names its pictures"
     model.to(ranks.device).eval()
-    looked, steps = None, 0
+    looked, steps, order = None, 0, Desired.RUN
 
     def keep_going() -> bool:
-        nonlocal steps
+        nonlocal steps, order
         steps += 1
         reporter.heartbeat("inspecting", steps)
-        return reporter.desired() is Desired.RUN
+        order = reporter.desired()
+        return order is Desired.RUN
 
     reporter.heartbeat("inspecting", 0)
     if spec.data is not None:
@@ -86,15 +87,15 @@ def inspect_checkpoint(
         assert attempt.dataset is not None
         looked = look(model, spec, spec.data, attempt.dataset, store, data_root, on_corrupt, ranks, keep_going)
         if looked is None:
-            return _stopped(reporter, steps)
+            return RankOutcome(LEAVES_WITH[order], "", steps)
     written = []
     # Drawing and encoding: settings of the style are read at both.
     with style():
         for drawing in draw(model, spec, looked, attempt.dataset):
             written.append(write(store, attempt.job_id, drawing))
-            reporter.event("picture.drawn", f"{drawing.title}: {drawing.name}", {"name": drawing.name})
+            reporter.event("picture.drawn", f"Drew {drawing.name}", {"name": drawing.name})
             if not keep_going():
-                return _stopped(reporter, steps)
+                return RankOutcome(LEAVES_WITH[order], "", steps)
     index = PictureIndex(
         job_id=attempt.job_id,
         checkpoint_id=manifest.checkpoint_id,
@@ -108,10 +109,6 @@ def inspect_checkpoint(
     store.put(picture_index_key(attempt.job_id), index.model_dump_json().encode())
     reporter.heartbeat("finishing", steps)
     return RankOutcome(ExitReason.COMPLETED, "", steps)
-
-
-def _stopped(reporter: Reporter, steps: int) -> RankOutcome:
-    return RankOutcome(LEAVES_WITH[reporter.desired()], "", steps)
 
 
 def _split(data: DataConfig) -> str:

@@ -88,14 +88,15 @@ def training(epochs: int) -> dict[str, dict[str, Any]]:
 
 def inspection(name: str, job: JobPublic) -> dict[str, Any]:
     """The job that draws what the gallery shows of a training job, once that has succeeded."""
+    pictures = sorted({picture for owner, picture in GALLERY.values() if owner == name})
     return {
         "kind": "inspect",
         "name": f"gallery-{name}-pictures",
         "init_from": f"{job.id}/latest",
         "queue": {"depends_on": [job.id]},
-        "pictures": sorted({picture for owner, picture in GALLERY.values() if owner == name}),
+        "pictures": pictures,
         "resources": {"gpus_per_worker": 0},
-    }
+    } | ({"num_rollout_images": 6} if "attention_rollout" in pictures else {})
 
 
 def write_gallery(client: Client, looking: dict[str, JobPublic], folder: Path) -> None:

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from workers.drawing.canvas import BLUE, INK, ORANGE, QUIET, Drawing, Floats, bare, below_title, new_figure
+
+OUTLINE = 96.0
+"""The brightness along which an image's outline is drawn over its rollout, of 255."""
 
 
 def draw_attention_distance(
@@ -97,25 +102,16 @@ def draw_attention_rollout(
         hspace=0.06,
     )
     most = float(np.quantile(np.stack(maps), 0.985))  # a few patches take so much that the others would look alike
-    drawn = None
-    for column in range(count):
-        for row, name in enumerate(("image", "attention\nonly", "with the\nresidual")):
-            axes = figure.add_subplot(grid[row, column])
-            picture = images[column].transpose(1, 2, 0)
-            if row == 0:
-                axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                axes.set_title(_name(labels[column], predicted[column], class_names), fontsize=6.5, color=INK, pad=3)
-            else:
-                box = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
-                drawn = axes.imshow(
-                    maps[row - 1][column], cmap="cividis", vmin=0.0, vmax=most, interpolation="nearest", extent=box
-                )
-                # What is in the image stays recognisable: its outline in brightness.
-                axes.contour(picture.mean(axis=2), levels=[96.0], colors="white", linewidths=0.6, alpha=0.7)
+    for column, picture in enumerate(images.transpose(0, 2, 3, 1)):
+        rows = [figure.add_subplot(grid[row, column]) for row in range(3)]
+        rows[0].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        rows[0].set_title(_name(labels[column], predicted[column], class_names), fontsize=6.5, color=INK, pad=3)
+        for axes, found in zip(rows[1:], maps, strict=True):
+            drawn = _draw_map(axes, found[column], picture, most)
+        for axes, name in zip(rows, ("image", "attention\nonly", "with the\nresidual"), strict=True):
             bare(axes)
             if column == 0:
                 axes.set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center", labelpad=6)
-    assert drawn is not None
     bottom, tall = 0.12 / height, (height - 0.62 - 0.25 - 0.12) / height
     beside = (1.2 + tile * count + 0.12) / width
     bar = figure.colorbar(drawn, cax=figure.add_axes((beside, bottom, 0.11 / width, tall * 2 / 3)), extend="max")
@@ -136,6 +132,16 @@ def draw_attention_rollout(
         "predicted": predicted,
     }
     return Drawing("attention_rollout", title, caption, figure, numbers)
+
+
+def _draw_map(axes: Axes, found: Floats, picture: NDArray[np.uint8], most: float) -> AxesImage:
+    """A rollout (rows, columns), with the outline of the image (height, width, channels) it belongs to."""
+    box = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
+    drawn = axes.imshow(found, cmap="cividis", vmin=0.0, vmax=most, interpolation="nearest", extent=box)
+    brightness = picture.mean(axis=2)
+    if brightness.min() < OUTLINE < brightness.max():
+        axes.contour(brightness, levels=[OUTLINE], colors="white", linewidths=0.6, alpha=0.7)
+    return drawn
 
 
 def _top(maps: Floats) -> float:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 Floats = NDArray[np.float32]
 
@@ -54,7 +55,6 @@ def style() -> Any:
 def new_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """A figure of so many inches; its title takes the upper 0.62 inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
     left = 0.12 / width
     figure.text(left, 1 - 0.12 / height, title, fontsize=12, fontweight="bold", color=INK, va="top")
     figure.text(left, 1 - 0.37 / height, subtitle, fontsize=8.5, color=QUIET, va="top")
@@ -84,8 +84,11 @@ def bare(axes: Axes) -> None:
 
 def to_png(figure: Figure) -> bytes:
     """Bytes of a PNG; the same figure gives the same ones."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    opaque = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
+    Image.fromarray(opaque).save(out, "PNG", optimize=True, dpi=(DPI, DPI))
     return out.getvalue()
 
 

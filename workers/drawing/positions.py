@@ -39,25 +39,25 @@ def draw_position_similarity(similarity: Floats, kind: str) -> Drawing:
     bar = figure.colorbar(drawn, cax=beside, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.set_label("Cosine similarity")
     bar.outline.set_visible(False)
-    same_row, same_column, elsewhere = alike(similarity)
-    caption = (
-        f"Cosine similarity of the position embeddings ({kind}) of a grid of {rows} x {columns} patches. On average a "
-        f"patch is {same_row:.2f} similar to the others of its row, {same_column:.2f} to the others of its column, and "
-        f"{elsewhere:.2f} to those elsewhere."
-    )
+    caption = f"Cosine similarity of the position embeddings ({kind}) of a grid of {rows} x {columns} patches."
+    means = [f"{value:.2f} to {others}" for others, value in alike(similarity).items()]
+    if means:
+        caption += f" Mean similarity of a patch: {', '.join(means)}."
     return Drawing("position_similarity", title, caption, figure, {"similarity": similarity})
 
 
-def alike(similarity: Floats) -> tuple[float, float, float]:
-    """Mean similarity of two different patches of one row, of one column, and of neither; NaN where there are none."""
+def alike(similarity: Floats) -> dict[str, float]:
+    """Mean similarity of a patch to the others of its row, to the others of its column and to those elsewhere, where
+    there are any."""
     _, rows, columns = similarity.shape[:3]
     i, j, k, m = np.indices((rows, columns, rows, columns))
     row, column = i == k, j == m
-
-    def mean(chosen: np.ndarray) -> float:
-        return float(similarity[:, chosen].mean()) if chosen.any() else float("nan")
-
-    return mean(row & ~column), mean(column & ~row), mean(~row & ~column)
+    chosen = {
+        "the others of its row": row & ~column,
+        "the others of its column": column & ~row,
+        "those elsewhere": ~row & ~column,
+    }
+    return {others: float(similarity[:, pairs].mean()) for others, pairs in chosen.items() if pairs.any()}
 
 
 def _subtitle(kind: str, rows: int, columns: int) -> str:
