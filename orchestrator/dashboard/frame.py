@@ -52,6 +52,7 @@ class Frame:
         self.actor: Actor = request.scope["state"]["actor"]
         self.client: Client = ui.context.client
         self._cookie = request.cookies.get(COOKIE)
+        self._troubles: dict[object, str] = {}
         self._here = str(request.url.path).removeprefix(PATH) + (f"?{request.url.query}" if request.url.query else "")
         self.set_title(title)
         self._theme(request.cookies.get(THEME_COOKIE, "auto"))
@@ -103,9 +104,9 @@ class Frame:
                 return
             with self.main:
                 if isinstance(view, Trouble):
-                    self.say_trouble(view.message)
+                    self._say_trouble(key, view.message)
                     return
-                self.say_trouble("")
+                self._say_trouble(key, "")
                 on_view(view)
 
         def start() -> None:
@@ -115,6 +116,8 @@ class Frame:
         def stop() -> None:
             while stops:
                 stops.pop()()
+            if not self.client.is_deleted:
+                self._say_trouble(key, "")
 
         if self.client.has_socket_connection:
             start()
@@ -122,10 +125,14 @@ class Frame:
         self.client.on_delete(stop)
         return stop
 
-    def say_trouble(self, message: str) -> None:
-        """A line above the content; an empty message takes it away."""
-        parts.set_text(self._trouble, message)
-        parts.show(self._trouble, bool(message))
+    def _say_trouble(self, key: object, message: str) -> None:
+        """A line above the content for as long as a view cannot be read."""
+        self._troubles.pop(key, None)
+        if message:
+            self._troubles[key] = message
+        text = next(iter(self._troubles.values()), "")
+        parts.set_text(self._trouble, text)
+        parts.show(self._trouble, bool(text))
 
     # -- acting --------------------------------------------------------------------------------------------------------
     async def act(self, work: Callable[[Actor], _Result], done: str = "", *, role: Role = "member") -> _Result | None:
@@ -159,9 +166,10 @@ class Frame:
         with self.main:
             ui.notify(message, type="negative" if bad else "positive", position="top", multi_line=len(message) > 80)
 
-    def go(self, path: str) -> None:
-        """Leave for another page of ours."""
-        self.client.open(path)
+    def go(self, address: str) -> None:
+        """Leave for another page of ours (an `url`)."""
+        # NiceGUI puts the dashboard's place in front of it again.
+        self.client.open(address.removeprefix(PATH))
 
     # -- chrome --------------------------------------------------------------------------------------------------------
     def _bar(self, active: str) -> None:
@@ -211,7 +219,7 @@ class Frame:
         self.follow(("session", cookie), read, shown)
 
     def _log_in_again(self) -> None:
-        self.client.open(url("/login", next=self._here))
+        self.go(url("/login", next=self._here))
 
 
 def section(render: Callable[[Any], None], key: Callable[[Any], object] = lambda view: view) -> Callable[[Any], None]:

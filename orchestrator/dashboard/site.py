@@ -10,7 +10,7 @@ from nicegui import app, ui
 from orchestrator.dashboard import downloads, mount, parts
 from orchestrator.dashboard.access import PATH, Access
 from orchestrator.dashboard.frame import Frame, Site, url
-from orchestrator.dashboard.pages import job, jobs, overview
+from orchestrator.dashboard.pages import compare, job, jobs, overview, submit, tokens
 
 # A light page until its script runs would flash in the dark.
 _BEFORE_SCRIPTS = """
@@ -25,7 +25,7 @@ def build(services: mount.Services, access: Access) -> FastAPI:
     """An application that serves the pages at its root; its lifespan must be entered before the first request."""
     site = Site(services, access)
     ui.add_head_html(_BEFORE_SCRIPTS.format(path=PATH, digest=_digest()), shared=True)
-    for page in (overview, jobs, job):
+    for page in (overview, jobs, job, submit, compare, tokens):
         page.register(site)
     downloads.register(app, services)
     shell = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)

@@ -42,7 +42,7 @@ def draw(frame: Frame, job: JobPublic) -> None:
 async def _make(frame: Frame, work: Callable[[Actor], Submitted]) -> None:
     made = await frame.act(work)
     if made is not None:
-        frame.go(url(f"/jobs/{made.job_id}").removeprefix("/dashboard"))
+        frame.go(url(f"/jobs/{made.job_id}"))
 
 
 def _open_cancel(frame: Frame, job: JobPublic) -> None:
