@@ -10,7 +10,6 @@ from typing import Any
 
 from nicegui import ui
 from nicegui.element import Element
-from nicegui.events import GenericEventArguments
 
 from orchestrator.dashboard.words import STATE_TONES, STATE_WORDS
 
@@ -196,30 +195,58 @@ class Chart:
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------
+class Control(Element, component="components/control.js"):
+    """Where something is written or chosen. Its text lives in the browser; we hear of it."""
+
+    def __init__(self, value: str, on_written: Callable[[str], Any], **props: Any) -> None:
+        super().__init__()
+        self.props.update({"initial": value, "wait": 350, **props})
+        self.on("written", lambda e: on_written(str(e.args)))
+
+    def put(self, value: str) -> None:
+        self.run_method("put", value)
+
+
 class Field:
     """A labelled control of a form. `value` is what stands in it."""
 
-    def __init__(self, label: str, control: Element, box: Element, value: str) -> None:
-        self.label, self.control, self.box, self.value = label, control, box, value
+    def __init__(
+        self,
+        label: str,
+        value: str,
+        on_change: Callable[[str], Any] | None,
+        help: str,
+        classes: str,
+        props: Mapping[str, Any],
+    ) -> None:
+        self.value = value
+        self._on_change = on_change
+        with tag("label", "", f"field {classes}") as self.box:
+            tag("span", label, "field-label")
+            self.control = Control(value, self._written, **props)
+        if help:
+            with self.box:
+                tag("span", help, "help")
         self._wrong: Element | None = None
+
+    def _written(self, value: str) -> Any:
+        self.value = value
+        return self._on_change(value) if self._on_change is not None else None
 
     def say_wrong(self, message: str) -> None:
         """Show what is wrong with it; an empty message takes that away."""
         if self._wrong is None:
+            if not message:
+                return
             with self.box:
-                self._wrong = tag("span", "", "wrong", id=f"wrong-{self.control.id}")
-            self.control.props["aria-describedby"] = f"wrong-{self.control.id}"
+                self._wrong = tag("span", "", "wrong")
+            self.control.props["aria-describedby"] = self._wrong.html_id
         set_text(self._wrong, message)
         self.control.props["aria-invalid"] = "true" if message else "false"
-        self.control.update()
 
     def set_value(self, value: str) -> None:
         self.value = value
-        self.control.props["value"] = value
-        self.control.update()
-
-
-_VALUE = "(e) => emit(e.target.value)"
+        self.control.put(value)
 
 
 def text_field(
@@ -230,26 +257,11 @@ def text_field(
     help: str = "",
     classes: str = "",
     rows: int = 0,
-    wait_s: float = 0.4,
-    **props: Any,
+    placeholder: str = "",
 ) -> Field:
     """A line to write in, or with `rows` a field of several; `on_change` hears of it when the writer pauses."""
-    with tag("label", "", f"field {classes}") as box:
-        tag("span", label, "field-label")
-        kind = {"rows": rows} if rows else {"type": "text"}
-        control = tag("textarea" if rows else "input", "", "", value=value, **kind, spellcheck="false", **props)
-        if help:
-            tag("span", help, "help")
-    field = Field(label, control, box, value)
-
-    def changed(event: GenericEventArguments) -> Any:
-        field.value = str(event.args)
-        # What the browser shows and what we hold stay one: else another update would bring the old text back.
-        control.props["value"] = field.value
-        return on_change(field.value) if on_change is not None else None
-
-    control.on("input", changed, throttle=wait_s, leading_events=False, js_handler=_VALUE)
-    return field
+    props = {"placeholder": placeholder} | ({"lines": rows} if rows else {})
+    return Field(label, value, on_change, help, classes, props)
 
 
 def choice(
@@ -262,22 +274,7 @@ def choice(
     classes: str = "",
 ) -> Field:
     """One of several: value -> what is shown."""
-    with tag("label", "", f"field {classes}") as box:
-        tag("span", label, "field-label")
-        with tag("select", "", "", value=value) as control:
-            for key, text in options.items():
-                tag("option", text, "", value=key)
-        if help:
-            tag("span", help, "help")
-    field = Field(label, control, box, value)
-
-    def changed(event: GenericEventArguments) -> Any:
-        field.value = str(event.args)
-        control.props["value"] = field.value
-        return on_change(field.value) if on_change is not None else None
-
-    control.on("change", changed, js_handler=_VALUE)
-    return field
+    return Field(label, value, on_change, help, classes, {"options": [list(option) for option in options.items()]})
 
 
 def checkbox(label: str, value: bool, on_change: Callable[[bool], Any]) -> Element:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from orchestrator.schemas import Role, TokenCreate
 from orchestrator.services.auth import Actor
@@ -26,6 +26,8 @@ from tests.dashboard.filled import fill
 from tests.orchestrator.test_api_process import free_port
 
 ADMIN = "pw_admin-token-of-the-tests"
+_PATIENCE_MS = 30_000
+"""A busy machine takes its time; what never comes is waited for as long."""
 _ARGUMENTS = (
     "--headless",
     "--no-sandbox",
@@ -150,7 +152,8 @@ class Visitor:
 def visiting(browser: Browser, url: str, **options: object) -> Iterator[Visitor]:
     """A browser context of its own, closed at the end."""
     context = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **options})  # type: ignore[arg-type]
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(_PATIENCE_MS)
+    expect.set_options(timeout=_PATIENCE_MS)
     try:
         yield Visitor(context.new_page(), url)
     finally:
