@@ -45,12 +45,14 @@ def read_curve(
     rows = session.execute(
         select(
             func.max(points.c.step),
-            func.avg(points.c.value / _SCALE),
+            # Not avg(): PostgreSQL's squares what it is given, too.
+            func.sum(points.c.value / _SCALE),
             func.min(points.c.value),
             func.max(points.c.value),
             func.max(points.c.attempt),
             func.max(points.c.at),
             func.count(),
+            func.count(points.c.value),
         )
         .group_by(bucket)
         .order_by(bucket)
@@ -58,7 +60,7 @@ def read_curve(
     return Curve(
         steps=tuple(row[0] for row in rows),
         # Of one value, or equal ones, itself: to scale it may round the smallest ones.
-        values=tuple(row[2] if row[1] is None or row[2] == row[3] else row[1] * _SCALE for row in rows),
+        values=tuple(row[2] if row[1] is None or row[2] == row[3] else row[1] / row[7] * _SCALE for row in rows),
         lows=tuple(row[2] for row in rows),
         highs=tuple(row[3] for row in rows),
         attempts=tuple(row[4] for row in rows),

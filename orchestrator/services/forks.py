@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from sqlalchemy.orm import Session
 
 from orchestrator.schemas import JobFork
@@ -16,6 +18,7 @@ from orchestrator.storage.registry import resolve_ref
 from orchestrator.storage.tables import CheckpointRow, JobRow
 
 _ALIASES = ("latest", "best")
+_TRAINING = ("pretrain", "finetune")
 
 
 def fork_request(old: JobRow, wanted: JobFork) -> Request:
@@ -23,7 +26,11 @@ def fork_request(old: JobRow, wanted: JobFork) -> Request:
     spec = {**old.submitted.get("spec", {})}
     if wanted.name is not None:
         spec["name"] = wanted.name
-    return Request(spec, {**old.submitted.get("overrides", {}), **wanted.overrides})
+    overrides = {**old.submitted.get("overrides", {})}
+    if wanted.checkpoint is not None and old.kind in _TRAINING:
+        # "auto" would choose another one for another number of workers, and that is part of what is learned.
+        overrides["train.micro_batch_size"] = json.loads(old.spec_json)["train"]["micro_batch_size"]
+    return Request(spec, {**overrides, **wanted.overrides})
 
 
 def fork_job(db: Database, actor: Actor, job_id: str, wanted: JobFork, key: Key | None) -> Submitted:
@@ -70,7 +77,7 @@ def _find(session: Session, old: JobRow, wanted: str) -> CheckpointRow:
 
 
 def _check_same_training(old: JobRow, row: JobRow, checkpoint: CheckpointRow) -> None:
-    if row.kind not in ("pretrain", "finetune"):
+    if row.kind not in _TRAINING:
         message = f"{row.kind} jobs keep nothing to go on from"
     elif row.training_fingerprint != old.training_fingerprint:
         message = (

@@ -94,7 +94,7 @@ def list_jobs(db: Database, wanted: JobFilter, limit: int, cursor: str | None, s
 def count_jobs(db: Database, wanted: JobFilter) -> int:
     """How many jobs there are of these. Raises Invalid: a label filter is malformed."""
     with db.reader() as session:
-        return session.scalar(_filtered(wanted).with_only_columns(func.count())) or 0
+        return session.scalar(_filtered(wanted).with_only_columns(func.count(JobRow.id))) or 0
 
 
 def cancel_job(db: Database, actor: Actor, job_id: str, if_match: str | None = None) -> JobPublic:

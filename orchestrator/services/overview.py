@@ -26,7 +26,8 @@ def read_overview(db: Database, now: datetime | None = None) -> OverviewPublic:
     now = now or datetime.now(UTC)
     cluster = get_cluster(db)
     with db.reader() as session:
-        counted = dict(session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all())
+        by_state = select(JobRow.state, func.count()).group_by(JobRow.state)
+        counted = dict(session.execute(by_state).all())
         active = _jobs(session, _ACTIVE)
         queued = sorted(_jobs(session, (JobState.QUEUED,), ordered=True), key=_place)
         ended = select(JobRow).where(JobRow.state == JobState.FAILED, JobRow.ended_at > now - FAILED_WITHIN)
