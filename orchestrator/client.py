@@ -211,7 +211,7 @@ class Jobs:
         return self._connection.download(f"/v1/jobs/{job_id}/tensorboard/{name}", {}, out)
 
     def logs(self, job_id: str, *, tail: int | None = None, cursor: str | None = None, **filters: Any) -> LogPage:
-        """A page of log lines. Filters: attempt, stream, level, q (a part of the message)."""
+        """A page of log lines. Filters: attempt, stream, level, q (a part of the message), regex, since, until."""
         return self._connection.get(LogPage, f"/v1/jobs/{job_id}/logs", {"tail": tail, "cursor": cursor} | filters)
 
     def log_lines(self, job_id: str, *, tail: int | None = None, **filters: Any) -> Iterator[LogLine]:

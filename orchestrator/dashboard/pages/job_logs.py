@@ -11,6 +11,8 @@ from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, url
 from orchestrator.schemas import JobPublic
 from orchestrator.services.logs import LogFilter, LogReader, Position
+from orchestrator.services.patterns import check_pattern
+from orchestrator.services.problems import Invalid
 
 KEPT = 2000
 _LEVELS = {"": "All", "info": "Info and above", "warning": "Warnings and errors", "error": "Errors"}
@@ -45,6 +47,7 @@ class _Logs:
                 self._download = parts.link("Download", self._address(), "btn", download="")
             with parts.tag("div", "", "filters", role="search"):
                 parts.text_field("Search", "", lambda v: self._want(text=v), classes="wide", placeholder="A word")
+                self._pattern = parts.text_field("Pattern", "", self._want_pattern, placeholder="loss: (nan|inf)")
                 parts.choice("From", {"": "Everyone", "driver": "Driver"} | ranks, "", lambda v: self._want(stream=v))
                 parts.choice("Level", _LEVELS, "", lambda v: self._want(level=v))
                 attempts = {str(a.number): f"Attempt {a.number}" for a in job.attempts}
@@ -64,14 +67,25 @@ class _Logs:
             stream=changes.get("stream", now.stream or "") or None,
             level=changes.get("level", now.level or "") or None,
             text=changes.get("text", now.text or "") or None,
+            regex=changes.get("regex", now.regex or "") or None,
         )
         self._download.props["href"] = self._address()
         self._download.update()
         self._start()
 
+    def _want_pattern(self, pattern: str) -> None:
+        try:
+            check_pattern(pattern)
+        except Invalid as error:
+            self._pattern.say_wrong(error.detail)
+            return
+        self._pattern.say_wrong("")
+        self._want(regex=pattern)
+
     def _address(self) -> str:
         w = self._wanted
-        query = {"attempt": str(w.attempt or ""), "stream": w.stream or "", "level": w.level or "", "q": w.text or ""}
+        query = {"attempt": str(w.attempt or ""), "stream": w.stream or "", "level": w.level or ""}
+        query |= {"q": w.text or "", "regex": w.regex or ""}
         return url(f"/files/jobs/{self.job.id}/log", **query)
 
     def _start(self) -> None:
