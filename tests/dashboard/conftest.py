@@ -28,7 +28,7 @@ from tests.orchestrator.test_api_process import free_port
 ADMIN = "pw_admin-token-of-the-tests"
 _PATIENCE_MS = 30_000
 """A busy machine takes its time; what never comes is waited for as long."""
-_ARGUMENTS = (
+BROWSER_ARGUMENTS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
     if path is None:
         pytest.fail("chromium is missing, the dashboard's tests drive it: apt-get install chromium (as .ci/run does)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(_ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGUMENTS))
         yield browser
         browser.close()
 

@@ -44,7 +44,8 @@ def test_a_keyboard_is_enough(browser: Browser, server: Server) -> None:
     with visiting(browser, server.url) as visitor:
         page = visitor.page
         page.goto(f"{server.url}/dashboard/login?next=/jobs")
-        page.keyboard.type(ADMIN)  # the field has the focus
+        expect(page.get_by_label("Token")).to_be_focused()
+        page.keyboard.type(ADMIN)
         page.keyboard.press("Enter")
         page.get_by_role("heading", name="Jobs").wait_for()
         page.wait_for_function("window.socket && window.socket.connected")
