@@ -18,14 +18,20 @@ demo: env  ## train, fine-tune, evaluate and fetch a small ViT on real images (S
 pictures: env  ## train a small ViT and a small hybrid, and draw the pictures of docs/pictures.md (about 15 minutes)
 	@$(PYTHON) -m orchestrator.cli.main gallery $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(ARGS)
 
-test: env  ## the tests, for example make test ARGS='tests/vit -x'
+test: debian env  ## the tests, for example make test ARGS='tests/vit -x'
 	$(PYTHON) -m pytest $(ARGS)
+
+debian:  ## what the tests need of Debian, where it is missing (as root, or by sudo)
+	@infra/debian.sh
 
 soak: env  ## a real job whose parts are killed at random, then the same weights: make soak MINUTES=10 SEED=0
 	$(PYTHON) -m tests.faults.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 gpu-check: env  ## where there is a GPU: ZeRO parity, exact resume, NCCL, MFU and memory of B/L/H, into gpu-check.json
 	$(PYTHON) -m tests.gpu.check $(ARGS)
+
+screenshots: env  ## every page of the dashboard, light, dark and narrow, of a real stack with real jobs, into screenshots/
+	$(PYTHON) -m tests.dashboard.screenshots --out screenshots $(ARGS)
 
 bench: env  ## against opponents, measured: make bench NAME=save_stall ARGS='--repetitions 5'; all without NAME
 	$(PYTHON) -m tests.benchmarks $(NAME) -- $(ARGS)
@@ -44,6 +50,6 @@ wheel: env  ## dist/*.whl
 	$(PYTHON) -m build --wheel --no-isolation
 
 clean:  ## remove what was made here (not the cached environment)
-	rm -rf .venv dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build demo-out bench-out screenshots .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help env demo pictures test soak gpu-check bench check lint types wheel clean
+.PHONY: help debian env demo pictures test soak gpu-check screenshots bench check lint types wheel clean

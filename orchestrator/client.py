@@ -25,6 +25,7 @@ from orchestrator.schemas import (
     CheckpointPage,
     CheckpointPublic,
     ClusterPublic,
+    ComparisonPublic,
     DatasetPage,
     DatasetPublic,
     EventFilePage,
@@ -35,11 +36,14 @@ from orchestrator.schemas import (
     Health,
     ImportCreate,
     JobCard,
+    JobEdit,
+    JobFork,
     JobPage,
     JobPreview,
     JobPublic,
     LogPage,
     MetricsPublic,
+    OverviewPublic,
     PartUrl,
     PartUrls,
     PicturePage,
@@ -99,13 +103,16 @@ class Jobs:
         name: str | None = None,
         label: Sequence[str] = (),
         search: str | None = None,
+        sort: str | None = None,
+        count: bool = False,
         limit: int = 50,
         cursor: str | None = None,
     ) -> JobPage:
-        """A page of jobs, the newest first. `name`: a part of it; `label`: each key=value; `search`: the trials of that
-        search, which are listed in no other way."""
+        """A page of jobs, the newest first or by `sort` (created, priority, name; with - in front the largest first).
+        `name`: a part of it; `label`: each key=value; `search`: the trials of that search, which are listed in no other
+        way; `count`: say how many match."""
         params: dict[str, Any] = {"kind": kind, "project": project, "name": name, "limit": limit, "cursor": cursor}
-        params["search"] = search
+        params |= {"search": search, "sort": sort, "count": "true" if count else None}
         params |= {"state": list(state) or None, "label": list(label) or None}
         return self._connection.get(JobPage, "/v1/jobs", params)
 
@@ -133,6 +140,40 @@ class Jobs:
         the new job."""
         params = {"resume": str(resume).lower()}
         return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/retry", params=params, key=uuid.uuid4().hex)
+
+    def edit(
+        self,
+        job_id: str,
+        *,
+        priority: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        if_match: str | None = None,
+    ) -> JobPublic:
+        """Change a job's priority or all of its labels; with `if_match` (an etag) only that version of it."""
+        body = JobEdit(priority=priority, labels=None if labels is None else dict(labels))
+        headers = {"If-Match": if_match} if if_match else {}
+        path, json = f"/v1/jobs/{job_id}", body.model_dump(exclude_none=True)
+        # Sent twice with an etag, the second try would find its own change.
+        response = self._connection.request("PATCH", path, json=json, headers=headers, retry=if_match is None)
+        return parse(JobPublic, response)
+
+    def fork(
+        self,
+        job_id: str,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        checkpoint: str | None = None,
+        name: str | None = None,
+    ) -> JobPublic:
+        """Submit a job made of this one: its description with dotted overrides, anew or from a checkpoint (`ckpt_…`,
+        `latest`, `best`). Returns the new job."""
+        body = JobFork(checkpoint=checkpoint, overrides=dict(overrides or {}), name=name).model_dump(mode="json")
+        return self._connection.post(JobPublic, f"/v1/jobs/{job_id}/fork", body, key=uuid.uuid4().hex)
+
+    def compare(self, job_ids: Sequence[str], names: Sequence[str] = (), max_points: int = 500) -> ComparisonPublic:
+        """Up to 20 jobs side by side: curves of the metrics `names`, and where their descriptions differ."""
+        params = {"job": list(job_ids), "name": list(names) or None, "max_points": max_points}
+        return self._connection.get(ComparisonPublic, "/v1/compare", params)
 
     def events(self, job_id: str, after: int = 0) -> Iterator[EventPublic]:
         """What has happened to the job so far, after event `after`."""
@@ -170,7 +211,7 @@ class Jobs:
         return self._connection.download(f"/v1/jobs/{job_id}/tensorboard/{name}", {}, out)
 
     def logs(self, job_id: str, *, tail: int | None = None, cursor: str | None = None, **filters: Any) -> LogPage:
-        """A page of log lines. Filters: attempt, stream, level, q (a part of the message)."""
+        """A page of log lines. Filters: attempt, stream, level, q (a part of the message), regex, since, until."""
         return self._connection.get(LogPage, f"/v1/jobs/{job_id}/logs", {"tail": tail, "cursor": cursor} | filters)
 
     def log_lines(self, job_id: str, *, tail: int | None = None, **filters: Any) -> Iterator[LogLine]:
@@ -392,6 +433,10 @@ class Client:
 
     def cluster(self) -> ClusterPublic:
         return self._connection.get(ClusterPublic, "/v1/cluster")
+
+    def overview(self) -> OverviewPublic:
+        """The service at a glance: what runs, who waits, what failed lately, what is used."""
+        return self._connection.get(OverviewPublic, "/v1/overview")
 
     def tokens(self) -> TokenPage:
         return self._connection.get(TokenPage, "/v1/tokens")

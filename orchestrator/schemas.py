@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pandas
 
 Role = Literal["viewer", "member", "admin"]
+Labels = Annotated[
+    dict[Label, Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]], Field(max_length=64)
+]
 TERMINAL_STATES = frozenset(state.value for state in JobState if state.is_terminal)
 
 
@@ -63,6 +66,23 @@ class PlanCreate(JobCreate):
     gpu: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         None, description="Accelerator and count, such as H100:8; left out: as the job asks.", examples=["H100:8"]
     )
+
+
+class JobEdit(Strict):
+    """What to change of a job. A field that is left out stays as it is."""
+
+    priority: Annotated[int, Field(ge=0, le=100)] | None = Field(None, description="Higher ones start first.")
+    labels: Labels | None = Field(None, description="All of them: those not given are removed.")
+
+
+class JobFork(Strict):
+    """A new job made of another one."""
+
+    checkpoint: Annotated[str, StringConstraints(min_length=1, max_length=120)] | None = Field(
+        None, description="Where it goes on: ckpt_…, latest or best; null: it starts anew.", examples=["latest"]
+    )
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Dotted keys over those of the other job.")
+    name: Label | None = Field(None, description="Left out: the other job's.")
 
 
 class Progress(Stored):
@@ -170,6 +190,7 @@ class JobPublic(Stored):
 class JobPage(Stored):
     items: tuple[JobPublic, ...]
     next_cursor: str | None = Field(None, description="Give it as ?cursor= for the next page; null: this was the last.")
+    num_matching: int | None = Field(None, description="How many jobs match in all; null where it was not asked for.")
 
 
 class JobPreview(Stored):
@@ -497,3 +518,71 @@ class Check(Stored):
 class Readiness(Stored):
     ready: bool
     checks: tuple[Check, ...]
+
+
+# -- overview, comparison ----------------------------------------------------------------------
+class Devices(Stored):
+    """What the cluster has, of nodes that are alive, and what jobs hold of it."""
+
+    cpus: float
+    gpus: float
+    cpus_used: float
+    gpus_used: float
+
+
+class StorageUse(Stored):
+    num_checkpoints: int = Field(description="That are kept.")
+    num_bytes: int = Field(description="Of their files.")
+
+
+class OverviewPublic(Stored):
+    """The service at a glance. Lists are cut; `counts` are whole."""
+
+    cluster: ClusterPublic
+    devices: Devices
+    counts: dict[str, int] = Field(description="Jobs by state, ended ones too.")
+    active: tuple[JobPublic, ...] = Field(description="Those that hold workers, the newest first.")
+    queued: tuple[JobPublic, ...] = Field(description="Those that wait, in the order in which they will start.")
+    failed: tuple[JobPublic, ...] = Field(description="Of the last seven days, the newest first.")
+    storage: StorageUse
+
+
+class ComparedJob(Stored):
+    """A job among those compared. `index` is its place in every list of values."""
+
+    index: int
+    id: str
+    name: str
+    kind: str
+    state: str
+    started_at: AwareDatetime | None
+    global_batch_size: int | None = Field(description="Images of a step, to count images seen.")
+
+
+class SpecDifference(Stored):
+    """A field in which the jobs' resolved descriptions differ."""
+
+    pointer: str = Field(description="JSON pointer.")
+    values: tuple[Any, ...] = Field(description="One for each job; null where it has no such field.")
+
+
+class ComparedSeries(Stored):
+    """One job's curve of one metric, as columns: the mean, lowest and highest of equal ranges of steps."""
+
+    index: int = Field(description="Which job.")
+    name: str
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...] = Field(description="Since the job first started.")
+    values: tuple[float | None, ...]
+    lows: tuple[float | None, ...]
+    highs: tuple[float | None, ...]
+    last: float | None
+    lowest: float | None
+    highest: float | None
+
+
+class ComparisonPublic(Stored):
+    jobs: tuple[ComparedJob, ...]
+    names: tuple[str, ...] = Field(description="Every metric that any of the jobs has.")
+    series: tuple[ComparedSeries, ...]
+    differences: tuple[SpecDifference, ...]

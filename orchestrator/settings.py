@@ -35,6 +35,12 @@ class Settings(BaseSettings):
     entrypoint: str = Field("python -m workers.driver", description="Constant command of every Ray job.")
     reap_entrypoint: str = "python -m workers.reap"
     worker_secret: SecretStr = Field(SecretStr(""), description="Drivers prove with it that they belong to us.")
+    dashboard: bool = Field(True, description="Serve the dashboard at /dashboard, beside the API.")
+    session_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Signs the dashboard's session cookies, the same in every API process; empty: one of the process's "
+        "own, and whoever is logged in logs in again when it restarts.",
+    )
     data_root: Path | None = Field(None, description="Where image folders lie, as the workers see it.")
     host: str = "127.0.0.1"
     port: int = 8400

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -25,14 +26,19 @@ from orchestrator.api import (
     telemetry,
     tokens,
     uploads,
+    views,
     vtab,
 )
 from orchestrator.api.deps import Services
 from orchestrator.api.middleware import BodyLimit, RequestLog
+from orchestrator.dashboard.access import PATH as DASHBOARD
+from orchestrator.dashboard.mount import Dashboard
 from orchestrator.schemas import (
     DatasetCreate,
     ImportCreate,
     JobCreate,
+    JobEdit,
+    JobFork,
     PartUrlsCreate,
     PlanCreate,
     Problem,
@@ -53,10 +59,26 @@ DESCRIPTION = """Trains Vision Transformers on a shared cluster: plan, queue, tr
 Errors are `application/problem+json`; `errors[].pointer` names each field that is wrong. Lists are paged by opaque
 cursors; streams are server-sent events that go on after `Last-Event-ID`; `POST /v1/jobs` takes an `Idempotency-Key`.
 """
+_ROUTES = (
+    jobs,
+    views,
+    searches,
+    telemetry,
+    checkpoints,
+    pictures,
+    uploads,
+    vtab,
+    catalog,
+    tokens,
+    health,
+    internal,
+)
 # Bodies that routes read themselves, and answers declared by reference.
 _REFERENCED: tuple[type[BaseModel], ...] = (
     Problem,
     JobCreate,
+    JobEdit,
+    JobFork,
     PlanCreate,
     DatasetCreate,
     ImportCreate,
@@ -72,8 +94,8 @@ _REFERENCED: tuple[type[BaseModel], ...] = (
 )
 
 
-def create_app(settings: Settings, db: Database, store: ObjectStore) -> FastAPI:
-    """The API on these services. The database's schema must be there already."""
+def create_app(settings: Settings, db: Database, store: ObjectStore, dashboard: Dashboard | None = None) -> FastAPI:
+    """The API on these services, and the dashboard beside it. The database's schema must be there already."""
     app = FastAPI(
         title="Patchwork",
         version=_version(),
@@ -86,8 +108,12 @@ def create_app(settings: Settings, db: Database, store: ObjectStore) -> FastAPI:
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
     app.state.exposition = exposition = Exposition(db)
-    for module in (jobs, searches, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal):
+    for module in _ROUTES:
         app.include_router(module.router)
+    app.state.dashboard = dashboard
+    if dashboard is not None:
+        app.mount(DASHBOARD, dashboard)
+        app.add_api_route("/", _to_dashboard, include_in_schema=False)
     install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit)
@@ -101,6 +127,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     services: Services = app.state.services
     services.streams.close()
+    if app.state.dashboard is not None:
+        await app.state.dashboard.close()
+
+
+async def _to_dashboard() -> Response:
+    return RedirectResponse(DASHBOARD)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -135,8 +167,7 @@ def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _tags() -> list[dict[str, str]]:
-    modules = (jobs, searches, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal)
-    tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in modules]
+    tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in _ROUTES]
     return [*tags, {"name": "exports", "description": "What export and evaluate jobs leave."}]
 
 

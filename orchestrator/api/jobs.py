@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -21,10 +21,11 @@ from orchestrator.api.deps import (
     ServicesDep,
     Viewer,
     body_schema,
+    json_body,
 )
-from orchestrator.api.examples import EXPORT, FINETUNE, INSPECT, PRETRAIN
-from orchestrator.schemas import JobCreate, JobPage, JobPreview, JobPublic, PlanCreate
-from orchestrator.services import jobs, submission
+from orchestrator.api.examples import EDIT, EXPORT, FINETUNE, FORK, INSPECT, PRETRAIN
+from orchestrator.schemas import JobCreate, JobEdit, JobFork, JobPage, JobPreview, JobPublic, PlanCreate
+from orchestrator.services import edits, forks, jobs, submission
 from orchestrator.services.idempotency import key_for
 from orchestrator.services.problems import declares
 
@@ -89,6 +90,26 @@ def retry_job(
     return _created(submission.retry_job(services.db, actor, job_id, resume, key))
 
 
+@router.post(
+    "/jobs/{job_id}/fork",
+    status_code=201,
+    operation_id="fork_job",
+    openapi_extra=body_schema(JobFork, examples={"on other workers": FORK}),
+    responses={201: {"model": JobPublic}, **declares(401, 403, 404, 409, 413, 422, 503)},
+)
+def fork_job(
+    services: ServicesDep,
+    actor: Member,
+    job_id: JobId,
+    body: RawBody,
+    wanted: Annotated[JobFork, Depends(json_body(JobFork))],
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Queue a new job made of this one: its description with changes, from the start or from one of its checkpoints."""
+    key = key_for(actor, idempotency_key, b"fork_job", job_id.encode(), body)
+    return _created(forks.fork_job(services.db, actor, job_id, wanted, key))
+
+
 def _created(submitted: submission.Submitted) -> Response:
     headers = {"Location": f"/v1/jobs/{submitted.job_id}"}
     if submitted.replayed:
@@ -117,12 +138,17 @@ def list_jobs(
     label: Annotated[list[PrintableText] | None, Query(description="key=value; all of them.")] = None,
     name: Annotated[PrintableText | None, Query(description="A part of the name, in any case.")] = None,
     search: Annotated[PrintableText | None, Query(description="The trials of this search.")] = None,
+    sort: Annotated[jobs.Sort, Query(description="-: the largest or latest first.")] = "-created",
+    count: Annotated[bool, Query(description="Say in num_matching how many there are in all.")] = False,
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Response:
-    """Jobs, the newest first; trials only with their search's id."""
+    """Jobs, the newest first or as sorted; trials only with their search's id."""
     wanted = jobs.JobFilter(tuple(state or ()), kind, project, name, tuple(label or ()), search)
-    return _answer(jobs.list_jobs(services.db, wanted, limit, cursor))
+    page = jobs.list_jobs(services.db, wanted, limit, cursor, sort)
+    if count:
+        page = page.model_copy(update={"num_matching": jobs.count_jobs(services.db, wanted)})
+    return _answer(page)
 
 
 @router.get(
@@ -134,6 +160,24 @@ def get_job(services: ServicesDep, _: Viewer, job_id: JobId) -> Response:
     """One job: what was asked, where it stands, what it cost."""
     job = jobs.get_job(services.db, job_id)
     return _answer(job, {"ETag": job.etag})
+
+
+@router.patch(
+    "/jobs/{job_id}",
+    operation_id="edit_job",
+    openapi_extra=body_schema(JobEdit, examples={"first in line": EDIT}),
+    responses=declares(401, 403, 404, 409, 412, 413, 422, 503),
+)
+def edit_job(
+    services: ServicesDep,
+    actor: Member,
+    job_id: JobId,
+    response: Response,
+    wanted: Annotated[JobEdit, Depends(json_body(JobEdit))],
+    if_match: IfMatch = None,
+) -> JobPublic:
+    """Change a job's priority, while it has not ended, or its labels."""
+    return _with_etag(edits.edit_job(services.db, actor, job_id, wanted, if_match), response)
 
 
 _STEERED: dict[int | str, dict[str, Any]] = declares(401, 403, 404, 409, 412, 413, 422, 503)

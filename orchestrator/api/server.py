@@ -10,6 +10,7 @@ import structlog
 import uvicorn
 
 from orchestrator.api.app import create_app
+from orchestrator.dashboard import mount
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage.db import Database
 from orchestrator.storage.store import S3Store
@@ -39,8 +40,10 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 def server_config(settings: Settings, db: Database) -> uvicorn.Config:
     """How the API is served: bounded in connections, header sizes and time."""
+    store = S3Store.from_settings(settings)
+    dashboard = mount.Dashboard(mount.Services(settings, db, store)) if settings.dashboard else None
     return uvicorn.Config(
-        create_app(settings, db, S3Store.from_settings(settings)),
+        create_app(settings, db, store, dashboard),
         host=settings.host,
         port=settings.port,
         # h11 bounds the size of a request's head; httptools does not.

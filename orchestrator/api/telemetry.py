@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
+from pydantic import AwareDatetime
 
 from orchestrator.api.deps import JobId, PrintableText, Services, ServicesDep, Viewer
 from orchestrator.schemas import AttemptPublic, EventFilePage, EventPage, JobCard, LogPage, MetricsPublic
 from orchestrator.services import cards, event_files, history, logs, metric_files, metrics
 from orchestrator.services.auth import Actor, authenticate, require
+from orchestrator.services.patterns import check_pattern
 from orchestrator.services.problems import Invalid, declares, field_error
 from orchestrator.services.streams import EventStream
 
@@ -168,6 +170,11 @@ def read_logs(
     stream: Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_.-]{1,64}$", examples=["driver", "rank-00000"])] = None,
     level: Annotated[Level | None, Query(description="This level and those above it.")] = None,
     q: Annotated[PrintableText | None, Query(description="A part of the message, in any case.")] = None,
+    regex: Annotated[
+        PrintableText | None, Query(description="A regular expression found in the message, in any case.")
+    ] = None,
+    since: Annotated[AwareDatetime | None, Query(description="Only lines from this time on.")] = None,
+    until: Annotated[AwareDatetime | None, Query(description="Only lines before this time.")] = None,
     tail: Annotated[int | None, Query(ge=1, le=logs.MAX_TAIL, description="Begin with the last so many lines.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     cursor: Annotated[str | None, Query(max_length=65536, description="Where to go on.")] = None,
@@ -176,7 +183,9 @@ def read_logs(
     last_event_id: LastEventId = None,
 ) -> Any:
     """Lines of all streams, merged by time within each attempt."""
-    wanted = logs.LogFilter(attempt, stream, level, q)
+    if regex is not None:
+        check_pattern(regex)
+    wanted = logs.LogFilter(attempt, stream, level, q, regex, since, until)
     if follow:
         start = last_event_id or cursor
         reader = logs.LogReader(services.db, services.store, job_id, wanted, logs.parse_cursor(start))

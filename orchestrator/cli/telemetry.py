@@ -30,6 +30,9 @@ def logs(
         str | None, typer.Option("--level", help="This level and above: debug, info, warning, error.")
     ] = None,
     grep: Annotated[str | None, typer.Option("--grep", help="Only lines that hold this text.")] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="Only lines in which this is found.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="From this time on, such as 2026-01-31T12:00Z.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Before this time.")] = None,
     as_json: Json = False,
     url: Url = None,
     token: Token = None,
@@ -41,8 +44,11 @@ def logs(
       patchwork logs -f job_...
 
       patchwork logs last --stream rank-00001 --level warning
+
+      patchwork logs last --regex "loss: (nan|inf)" --since 2026-01-31T12:00Z
     """
     filters: dict[str, Any] = {"stream": stream, "attempt": attempt, "level": level, "q": grep}
+    filters |= {"regex": regex, "since": since, "until": until}
     with client_for(ctx, url, token) as client:
         job_id = find_job(client, job).id
         read = client.jobs.follow_logs if follow else client.jobs.log_lines

@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -111,6 +112,13 @@ class DataDir:
             stored = json.loads(self.client_file.read_text())
             return stored["url"], stored["token"]
         return None
+
+    def session_secret(self) -> str:
+        """What the dashboard signs its cookies with; made once, so that a restart logs nobody out."""
+        path = self.path / "session-secret"
+        if not path.exists():
+            write_private(path, secrets.token_urlsafe(32))
+        return path.read_text()
 
     def write_client(self, url: str, token: str) -> None:
         write_private(self.client_file, json.dumps({"url": url, "token": token}))

@@ -181,6 +181,7 @@ class Stack:
             "s3_public": True,
             "ray_address": self._front("Ray", ray.address),
             "ray_token": ray.token,
+            "session_secret": self.dir.session_secret(),
             "host": "127.0.0.1",
             "port": port,
         }

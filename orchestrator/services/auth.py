@@ -74,6 +74,15 @@ def authenticate(session: Session, authorization: str | None, now: datetime) -> 
     row = session.scalar(_BY_DIGEST, {"digest": digest})
     if row is None or not hmac.compare_digest(row.sha256, digest):
         raise Unauthorized("This token is not known here.")
+    return actor_of(row, now)
+
+
+def actor_of(row: TokenRow, now: datetime) -> Actor:
+    """The holder of a token that was found.
+
+    Raises:
+        Unauthorized: it is revoked or expired.
+    """
     if row.revoked_at is not None:
         raise Unauthorized(f"This token ({row.id}) was revoked.")
     if row.expires_at is not None and row.expires_at <= now:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import Select, and_, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, and_, func, or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from configs.ids import JOB_ID
 from configs.states import Desired, JobState
@@ -27,6 +28,13 @@ from orchestrator.services.public import etag, job_public
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.tables import AttemptRow, JobRow
+
+Sort = Literal["-created", "created", "-priority", "priority", "name", "-name"]
+_SORTS: dict[str, InstrumentedAttribute[Any]] = {
+    "created": JobRow.created_at,
+    "priority": JobRow.priority,
+    "name": JobRow.name,
+}
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,31 @@ def get_job(db: Database, job_id: str) -> JobPublic:
         return publish(session, [find_job(session, job_id)])[0]
 
 
-def list_jobs(db: Database, wanted: JobFilter, limit: int, cursor: str | None) -> JobPage:
-    """A page of jobs, the newest first.
+def list_jobs(db: Database, wanted: JobFilter, limit: int, cursor: str | None, sort: Sort = "-created") -> JobPage:
+    """A page of jobs, the newest first or as `sort` says.
 
     Raises:
-        Invalid: the cursor or a label filter is malformed.
+        Invalid: the cursor or a label filter is malformed, or the cursor belongs to another order.
     """
-    query = _filtered(wanted).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit + 1)
+    column, descending = _SORTS[sort.removeprefix("-")], sort.startswith("-")
+    order = (column.desc(), JobRow.id.desc()) if descending else (column.asc(), JobRow.id.asc())
+    query = _filtered(wanted).order_by(*order).limit(limit + 1)
     if cursor is not None:
-        created_at, job_id = _parse_cursor(cursor)
-        query = query.where(
-            or_(JobRow.created_at < created_at, and_(JobRow.created_at == created_at, JobRow.id < job_id))
-        )
+        value, job_id = _parse_cursor(cursor, sort)
+        beyond = column < value if descending else column > value
+        id_beyond = JobRow.id < job_id if descending else JobRow.id > job_id
+        query = query.where(or_(beyond, and_(column == value, id_beyond)))
     with db.reader() as session:
         rows: list[JobRow] = list(session.scalars(query))
         items = publish(session, rows[:limit])
     more = len(rows) > limit
-    return JobPage(items=tuple(items), next_cursor=_cursor(rows[limit - 1]) if more else None)
+    return JobPage(items=tuple(items), next_cursor=_cursor(rows[limit - 1], sort) if more else None)
+
+
+def count_jobs(db: Database, wanted: JobFilter) -> int:
+    """How many jobs there are of these. Raises Invalid: a label filter is malformed."""
+    with db.reader() as session:
+        return session.scalar(_filtered(wanted).with_only_columns(func.count(JobRow.id))) or 0
 
 
 def cancel_job(db: Database, actor: Actor, job_id: str, if_match: str | None = None) -> JobPublic:
@@ -109,6 +125,15 @@ def resume_job(
         NotFound, PreconditionFailed, KeyReused, WrongState: it is not paused.
     """
     return _desire(db, actor, job_id, Desired.RUN, "resume", if_match, key)
+
+
+def check_version(row: JobRow, if_match: str | None) -> None:
+    """Raises PreconditionFailed: the job is not the version that the client has seen."""
+    if if_match is not None and if_match.strip() not in ("*", etag(row)):
+        raise PreconditionFailed(
+            f"The job has changed: its ETag is {etag(row)}, If-Match says {if_match}.",
+            hint="Get the job again first.",
+        )
 
 
 def check_action(row: JobRow, action: str) -> None:
@@ -161,11 +186,7 @@ def _desire(
             return publish(session, [find_job(session, job_id)])[0]
         row = lock_job(session, job_id)
         assert row is not None, "jobs are never deleted"
-        if if_match is not None and if_match.strip() not in ("*", etag(row)):
-            raise PreconditionFailed(
-                f"The job has changed: its ETag is {etag(row)}, If-Match says {if_match}.",
-                hint="Get the job again first.",
-            )
+        check_version(row, if_match)
         is_live = not JobState(row.state).is_terminal
         if not (is_live and row.desired == desired and desired is not Desired.RUN):
             check_action(row, action)
@@ -197,19 +218,25 @@ def _filtered(wanted: JobFilter) -> Select[Any]:
     return query
 
 
-def _cursor(row: JobRow) -> str:
-    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()}|{row.id}".encode()).decode()
+def _cursor(row: JobRow, sort: Sort) -> str:
+    value = {"created": row.created_at.isoformat(), "priority": row.priority, "name": row.name}[sort.removeprefix("-")]
+    return base64.urlsafe_b64encode(json.dumps([sort, value, row.id]).encode()).decode()
 
 
-def _parse_cursor(cursor: str) -> tuple[datetime, str]:
+def _parse_cursor(cursor: str, sort: Sort) -> tuple[Any, str]:
+    """The place that a cursor of this order names. Raises Invalid."""
     try:
-        created_at, _, job_id = base64.b64decode(cursor, altchars=b"-_", validate=True).decode().partition("|")
-        parsed = datetime.fromisoformat(created_at)
-    except (binascii.Error, UnicodeError, ValueError):
+        made_for, value, job_id = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
+        if sort.removeprefix("-") == "created":
+            value = datetime.fromisoformat(value)
+    except (binascii.Error, UnicodeError, ValueError, TypeError, RecursionError):
         raise _bad_cursor(cursor) from None
-    if parsed.tzinfo is None or not JOB_ID.match(job_id):
+    kind = {"created": datetime, "priority": int, "name": str}[sort.removeprefix("-")]
+    if made_for != sort or not isinstance(value, kind) or not isinstance(job_id, str) or not JOB_ID.match(job_id):
         raise _bad_cursor(cursor)
-    return parsed, job_id
+    if (isinstance(value, datetime) and value.tzinfo is None) or (isinstance(value, int) and abs(value) > 10**6):
+        raise _bad_cursor(cursor)
+    return value, job_id
 
 
 def _bad_cursor(cursor: str) -> Invalid:

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -27,6 +27,7 @@ from configs.states import AttemptState, JobState
 from configs.wire import LogLine
 from orchestrator.schemas import LogPage
 from orchestrator.services.jobs import find_job
+from orchestrator.services.patterns import matches
 from orchestrator.services.problems import Invalid, field_error
 from orchestrator.services.streams import Batch, Item
 from orchestrator.storage.db import Database
@@ -41,6 +42,10 @@ _MERGE_BYTES = 32 * 1024 * 1024
 """Held at once while streams are merged; a thousand ranks get small windows each."""
 _SMALLEST_WINDOW = 64 * 1024
 _FOLLOW_LINES = 1000
+_SEARCHED_CHARS = 10_000
+"""Of a message, with a regular expression."""
+_REGEX_TAIL = 20_000
+"""A tail with a regular expression is looked for among so many of the last lines."""
 SETTLE_S = 3.0
 """After the end of a job its log counts as complete."""
 _STREAM = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
@@ -57,11 +62,26 @@ class LogFilter:
     """This level and those above it."""
     text: str | None = None
     """A part of the message, in any case."""
+    regex: str | None = None
+    """A regular expression that is found in the message, in any case (`check_pattern`)."""
+    since: datetime | None = None
+    until: datetime | None = None
+    """Only lines from this time on, and only those before that one."""
 
     def matches(self, line: LogLine) -> bool:
+        """Whether a line is wanted, as far as can be told without the regular expression."""
         if self.level is not None and LEVELS.index(line.level) < LEVELS.index(self.level):
             return False
+        if (self.since is not None and line.t < self.since) or (self.until is not None and line.t >= self.until):
+            return False
         return self.text is None or self.text.lower() in line.msg.lower()
+
+    def chosen(self, lines: Sequence[LogLine]) -> list[LogLine]:
+        """Of lines that match, those in which the regular expression is found. Raises Invalid: that takes too long."""
+        if self.regex is None:
+            return list(lines)
+        found = matches(self.regex, [line.msg[:_SEARCHED_CHARS] for line in lines])
+        return [line for line, is_in in zip(lines, found, strict=True) if is_in]
 
 
 @dataclass
@@ -139,10 +159,10 @@ class LogReader:
                 if self.wanted.matches(line):
                     lines.append(line)
                 if len(lines) >= limit or budget <= 0:
-                    return lines, True, False
+                    return self.wanted.chosen(lines), True, False
             if number not in view.ended:
-                return lines, False, False
-        return lines, False, view.finished
+                return self.wanted.chosen(lines), False, False
+        return self.wanted.chosen(lines), False, view.finished
 
     def check(self) -> None:
         """Raises problems.NotFound: there is no such job."""
@@ -153,8 +173,9 @@ class LogReader:
         lines: list[LogLine] = []
         ends: Position | None = None
         for number in reversed(self._view().attempts):
-            earlier, position = _tail(self.store, attempt_id(self.job_id, number), self.wanted, num_lines - len(lines))
-            lines = earlier + lines
+            at_most = num_lines - len(lines) if self.wanted.regex is None else _REGEX_TAIL
+            found, position = _tail(self.store, attempt_id(self.job_id, number), self.wanted, at_most)
+            lines = (self.wanted.chosen(found) + lines)[-num_lines:]
             ends = ends or Position(number, position)
             if len(lines) >= num_lines:
                 break

@@ -44,8 +44,14 @@ def read_metrics(db: Database, job_id: str, names: Sequence[str], max_points: in
 
 def metric_names(session: Session, job_id: str) -> tuple[str, ...]:
     """Every metric the job has reported, sorted."""
-    query = select(MetricRow.name).where(MetricRow.job_id == job_id).distinct().order_by(MetricRow.name)
-    return tuple(session.scalars(query))
+    # From each name to the next one in the index: DISTINCT would read every point.
+    names: list[str] = []
+    while True:
+        beyond = (MetricRow.name > names[-1],) if names else ()
+        name = session.scalar(select(func.min(MetricRow.name)).where(MetricRow.job_id == job_id, *beyond))
+        if name is None:
+            return tuple(names)
+        names.append(name)
 
 
 def downsample(points: Iterable[Point], name: str, first: int, last: int, max_points: int) -> MetricSeries:

@@ -196,3 +196,41 @@ def test_a_cursor_that_unpacks_to_gigabytes_is_refused() -> None:
     bomb = base64.urlsafe_b64encode(zlib.compress(b"[" * 50_000_000, 9)).decode()
     with pytest.raises(logs.Invalid):
         logs.parse_cursor(bomb)
+
+
+def test_lines_are_found_by_pattern_and_by_time(api: TestClient, db: Database, store: MemoryStore) -> None:
+    job = submit(api)
+    attempt = add_attempt(db, job["id"])
+    lines = [(0.0, "step 1 loss: 2.5"), (1.0, "step 2 LOSS: nan"), (2.0, "a nan of another kind"), (3.0, "loss: inf")]
+    add_log_chunk(store, attempt, "driver", 0, lines)
+    path = f"/v1/jobs/{job['id']}/logs"
+
+    def found(**query: Any) -> list[str]:
+        answer = api.get(path, params=query)
+        assert answer.status_code == 200, answer.text
+        return [line["msg"] for line in answer.json()["lines"]]
+
+    assert found(regex="loss: (nan|inf)") == ["step 2 LOSS: nan", "loss: inf"]
+    assert found(regex="loss: (nan|inf)", tail=1) == ["loss: inf"]
+    assert found(since="2026-01-01T00:00:01Z", until="2026-01-01T00:00:03Z") == [lines[1][1], lines[2][1]]
+    assert found(regex="^a ", q="nan", since="2026-01-01T01:00:00+01:00") == ["a nan of another kind"]
+    assert "loss: inf" not in api.get(path, params={"regex": "nan", "format": "text"}).text
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a", "(?P<x", "*", "a{99999999999}"])
+def test_a_pattern_that_is_none_is_refused(api: TestClient, pattern: str) -> None:
+    answer = api.get(f"/v1/jobs/{submit(api)['id']}/logs", params={"regex": pattern})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == "/regex"
+
+
+def test_a_pattern_that_never_ends_is_given_up(api: TestClient, db: Database, store: MemoryStore) -> None:
+    job = submit(api)
+    add_log_chunk(store, add_attempt(db, job["id"]), "driver", 0, [(0.0, "a" * 60 + "!")])
+    answer = api.get(f"/v1/jobs/{job['id']}/logs", params={"regex": "(a+)+$"})
+    assert answer.status_code == 422
+    assert "takes longer" in answer.json()["detail"]
+
+
+def test_times_say_where_they_are(api: TestClient) -> None:
+    assert api.get(f"/v1/jobs/{submit(api)['id']}/logs?since=2026-01-01T00:00:00").status_code == 422

@@ -1,0 +1,31 @@
+// A text field, text area or choice that keeps what is written in it, however often the page around it is drawn anew.
+// It says what stands there when the writer pauses, and at once when they leave it.
+export default {
+  template: `
+    <textarea v-if="lines" :rows="lines" v-model="text" @input="later" @change="now" spellcheck="false"></textarea>
+    <select v-else-if="options" v-model="text" @change="now">
+      <option v-for="[value, label] in options" :key="value" :value="value">{{ label }}</option>
+    </select>
+    <input v-else type="text" v-model="text" @input="later" @change="now" spellcheck="false" />`,
+  props: { initial: String, lines: Number, options: Array, wait: Number },
+  emits: ["written"],
+  data() {
+    return { text: this.initial, said: this.initial, timer: null };
+  },
+  methods: {
+    later() {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(this.now, this.wait);
+    },
+    now() {
+      clearTimeout(this.timer);
+      if (this.text === this.said) return;
+      this.said = this.text;
+      this.$emit("written", this.text);
+    },
+    put(text) {
+      clearTimeout(this.timer);
+      this.text = this.said = text;
+    },
+  },
+};

@@ -1,0 +1,45 @@
+"""Files that pages offer: a log as text, metrics as a table. Who may see the page may have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+
+from orchestrator.dashboard.mount import Services
+from orchestrator.services import metric_files
+from orchestrator.services.logs import LEVELS, LogFilter, LogReader, Position, read_text
+from orchestrator.services.patterns import check_pattern
+from orchestrator.services.problems import ApiError
+
+
+def register(app: FastAPI, services: Services) -> None:
+    """Add the routes, below /files."""
+
+    def log(
+        job_id: str, attempt: str = "", stream: str = "", level: str = "", q: str = "", regex: str = ""
+    ) -> Response:
+        number = int(attempt) if attempt.isdecimal() and len(attempt) < 5 else None
+        wanted = LogFilter(number, stream or None, level if level in LEVELS else None, q or None, regex or None)
+        check_pattern(regex)
+        LogReader(services.db, services.store, job_id, wanted, Position()).check()
+        return _file(
+            read_text(services.db, services.store, job_id, wanted), "text/plain; charset=utf-8", f"{job_id}.log"
+        )
+
+    def metrics(job_id: str) -> Response:
+        pieces = metric_files.metrics_file(services.db, job_id, [], "csv")
+        return _file(pieces, metric_files.MEDIA_TYPES["csv"], f"{job_id}-metrics.csv")
+
+    app.add_api_route("/files/jobs/{job_id}/log", log, include_in_schema=False)
+    app.add_api_route("/files/jobs/{job_id}/metrics.csv", metrics, include_in_schema=False)
+
+    @app.exception_handler(ApiError)
+    async def refused(_: object, error: ApiError) -> Response:
+        return PlainTextResponse(error.detail, error.status)
+
+
+def _file(pieces: Iterator[str] | Iterator[bytes], media_type: str, name: str) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
+    return StreamingResponse(pieces, media_type=media_type, headers=headers)
