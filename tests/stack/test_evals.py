@@ -17,8 +17,10 @@ from orchestrator.vtab_schemas import VtabReport
 from tests.stack.jobs import fashion_mnist_folder, finished, pretraining, series
 from tests.workers.image_sets import write_image
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 SIDE = 28
+PATIENCE_S = 400.0
+"""Jobs of two data sets run side by side here: longer than other tests wait."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def pretrained(client: Client) -> str:
         schedule__total_steps=200,
         train__objective="masked_patch",
     )
-    job = finished(client, client.jobs.create(spec).id)
+    job = finished(client, client.jobs.create(spec).id, PATIENCE_S)
     losses = series(client, job.id, "train/loss")
     assert losses[1] == pytest.approx(np.log(8), abs=1e-4), "eight grey levels, equally likely to a zero head"
     assert losses[200] is not None
@@ -106,7 +108,7 @@ def test_real_labels_and_few_shot_of_a_folder(client: Client, data_root: Path, p
             data__augment={"crop": "resize"},
         )
     )
-    finished(client, tuned.id)
+    finished(client, tuned.id, PATIENCE_S)
     with gzip.open(fashion_mnist_folder() / "t10k-labels-idx1-ubyte.gz") as labels:
         truth = np.frombuffer(labels.read(), dtype=np.uint8, offset=8)
     # A file that says what the labels say of half of the images, and nothing of the others.
@@ -119,7 +121,7 @@ def test_real_labels_and_few_shot_of_a_folder(client: Client, data_root: Path, p
         "real_labels": "reassessed.json",
         "few_shot": {"shots": [5], "num_seeds": 2, "datasets": [{"source": {"type": "folder", "name": shapes}}]},
     }
-    job = finished(client, client.jobs.create(asked).id)
+    job = finished(client, client.jobs.create(asked).id, PATIENCE_S)
     metrics = client.jobs.report(job.id).metrics
     assert metrics["eval/real_num_examples"] == 5000
     assert metrics["eval/real_top1"] == pytest.approx(metrics["eval/top1"], abs=0.02)
@@ -127,6 +129,6 @@ def test_real_labels_and_few_shot_of_a_folder(client: Client, data_root: Path, p
     assert "eval/few_shot/5" not in metrics
 
     (data_root / "reassessed.json").write_text("[[12]]")
-    failed = client.jobs.wait(client.jobs.create(asked).id, 150.0)
+    failed = client.jobs.wait(client.jobs.create(asked).id, PATIENCE_S)
     assert (failed.state, failed.reason) == ("FAILED", "DATA_ERROR")
     assert "entry 0 names class '12', expected 0 to 9" in failed.message
