@@ -8,6 +8,7 @@ place, for it has the same labels.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
@@ -26,6 +27,7 @@ from orchestrator.storage.tables import JobRow
 from orchestrator.vtab_schemas import VtabCreate, VtabGroup, VtabReport, VtabResult
 
 TOP1 = "eval/top1"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 
 
 def create_suite(db: Database, actor: Actor, request: VtabCreate, key: Key | None) -> tuple[Answer, bool]:
@@ -56,11 +58,13 @@ def create_suite(db: Database, actor: Actor, request: VtabCreate, key: Key | Non
 
 def get_suite(db: Database, name: str) -> VtabReport:
     """What the suite has found so far. Raises NotFound."""
-    with db.reader() as session:
-        rows = _rows(session, name)
-        if not rows:
-            raise NotFound(f"There is no suite {name!r}.", hint="`patchwork vtab run` makes one.")
-        return _report(name, rows)
+    # What can be no name is not asked for: PostgreSQL takes no NUL.
+    if _NAME.match(name):
+        with db.reader() as session:
+            rows = _rows(session, name)
+            if rows:
+                return _report(name, rows)
+    raise NotFound(f"There is no suite {name!r}.", hint="`patchwork vtab run` makes one.")
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def test_a_name_is_used_once_and_a_request_repeated_answers_alike(
     assert api.post("/v1/vtab", json=suite(checkpoint)).status_code == 409
     assert api.post("/v1/vtab", json=suite(checkpoint, seed=1), headers=headers).status_code == 409
     assert num_jobs(db) == jobs
-    assert api.get("/v1/vtab/other").status_code == 404
+    for name in ("other", "a%00b", "%22%5C", "x" * 300, "SMALL"):
+        assert api.get(f"/v1/vtab/{name}").status_code == 404
     viewer = headers_for(db, "viewer")
     assert api.post("/v1/vtab", json=suite(checkpoint, name="x"), headers=viewer).status_code == 403
     assert api.get("/v1/vtab/small", headers=viewer).status_code == 200
