@@ -42,7 +42,9 @@ _SSE: dict[int | str, dict[str, Any]] = {
         "content": _EVENT_STREAM,
     }
 }
-LastEventId = Annotated[str | None, Header(max_length=65536, description="Where a broken stream goes on.")]
+MAX_PLACE = 16_000
+"""Of a place in a log; percent-encoded it must fit into what the server takes as a head, 64 KiB."""
+LastEventId = Annotated[str | None, Header(max_length=MAX_PLACE, description="Where a broken stream goes on.")]
 Level = Literal["debug", "info", "warning", "error"]
 
 
@@ -177,7 +179,7 @@ def read_logs(
     until: Annotated[AwareDatetime | None, Query(description="Only lines before this time.")] = None,
     tail: Annotated[int | None, Query(ge=1, le=logs.MAX_TAIL, description="Begin with the last so many lines.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-    cursor: Annotated[str | None, Query(max_length=65536, description="Where to go on.")] = None,
+    cursor: Annotated[str | None, Query(max_length=MAX_PLACE, description="Where to go on.")] = None,
     follow: Annotated[bool, Query(description="Stream lines as they arrive, until the job has ended.")] = False,
     format: Annotated[Literal["json", "text"], Query(description="text: the whole log as a file.")] = "json",
     last_event_id: LastEventId = None,

@@ -71,10 +71,10 @@ def _measured(store: ObjectStore, prefix: str, world_size: int) -> Iterator[Metr
 def _note_newest(session: Session, job: JobRow, columns: list[MetricColumns]) -> None:
     """The job's last values, where these are later than what was delivered."""
     names = {column.name for column in columns}
-    known = select(MetricRow.name, func.max(MetricRow.step)).where(
+    known = select(MetricRow.name, func.max(MetricRow.step).label("newest")).where(
         MetricRow.job_id == job.id, MetricRow.name.in_(names)
     )
-    newest: dict[str, int] = dict(session.execute(known.group_by(MetricRow.name)).tuples().all())
+    newest: dict[str, int] = {row.name: row.newest for row in session.execute(known.group_by(MetricRow.name))}
     values = dict(job.last_metrics)
     for column in columns:
         for step, value in zip(column.steps, column.values, strict=True):

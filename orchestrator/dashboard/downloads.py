@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from orchestrator.dashboard.mount import Services
 from orchestrator.services import metric_files
-from orchestrator.services.logs import LEVELS, LogFilter, LogReader, Position, read_text
+from orchestrator.services.logs import LEVELS, LogFilter, read_text
 from orchestrator.services.patterns import check_pattern
 from orchestrator.services.problems import ApiError
 
@@ -23,7 +23,6 @@ def register(app: FastAPI, services: Services) -> None:
         number = int(attempt) if attempt.isdecimal() and len(attempt) < 5 else None
         wanted = LogFilter(number, stream or None, level if level in LEVELS else None, q or None, regex or None)
         check_pattern(regex)
-        LogReader(services.db, services.store, job_id, wanted, Position()).check()
         return _file(
             read_text(services.db, services.store, job_id, wanted), "text/plain; charset=utf-8", f"{job_id}.log"
         )

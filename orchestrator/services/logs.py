@@ -213,8 +213,13 @@ def read_page(
 
 
 def read_text(db: Database, store: ObjectStore, job_id: str, wanted: LogFilter) -> Iterator[str]:
-    """The whole log as text, page by page."""
+    """The whole log as text, page by page. Raises NotFound before the first: there is no such job."""
     reader = LogReader(db, store, job_id, wanted, Position())
+    reader.check()
+    return _pages_of_text(reader)
+
+
+def _pages_of_text(reader: LogReader) -> Iterator[str]:
     more = True
     while more:
         lines, more, _ = reader.read(_FOLLOW_LINES)
