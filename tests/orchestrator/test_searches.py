@@ -319,9 +319,6 @@ def test_a_replacing_trial_goes_on_from_the_better_ones_checkpoint(driven: Drive
     assert driven.ask("POST", "trials", {**body, "params": {"optim.lr": 0.024}, "parent_step": 5}).status_code == 409
     with driven.db.reader() as session:
         assert session.query(JobRow).filter(JobRow.search_id == driven.id).count() == 2, "nothing was left of it"
-    from orchestrator.storage.registry import register_manifests
-
-    register_manifests(driven.db, driven.store, better.job_id)
     made = driven.create(3, lr=0.024, setting=1, parent=1, parent_step=10, replaces=2)
     assert (made.parent, made.replaces, made.step) == (1, 2, 10)
     file = driven.begin(3).attempt
