@@ -24,6 +24,9 @@ test: env  ## the tests, for example make test ARGS='tests/vit -x'
 soak: env  ## a real job whose parts are killed at random, then the same weights: make soak MINUTES=10 SEED=0
 	$(PYTHON) -m tests.faults.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
+search-check: env  ## searches whose driver and API are killed, a population, 50 tiny trials: make search-check ARGS='--only killed'
+	$(PYTHON) -m tests.faults.search_check $(ARGS)
+
 gpu-check: env  ## where there is a GPU: ZeRO parity, exact resume, NCCL, MFU and memory of B/L/H, into gpu-check.json
 	$(PYTHON) -m tests.gpu.check $(ARGS)
 

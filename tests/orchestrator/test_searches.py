@@ -14,6 +14,7 @@ from configs.reasons import ExitReason
 from configs.search_wire import SearchState, TrialBegun, TrialEnded, TrialRecord
 from configs.states import AttemptState, JobState
 from configs.wire import AttemptFile, Heartbeat, MetricPoint, ReportBatch
+from orchestrator.control.launcher import LaunchState
 from orchestrator.control.queue_view import load_view
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.trials import release_trials
@@ -307,6 +308,32 @@ def test_what_has_not_ended_is_cancelled_with_its_search(driven: Driven) -> None
     for job_id in (running.job_id, waiting.job_id):
         job = driven.job(job_id)
         assert (job.state, job.reason) == ("CANCELLED", "SEARCH_ENDED")
+
+
+def test_the_reconciler_watches_the_search_and_ends_what_its_driver_left(driven: Driven, api: TestClient) -> None:
+    """The driver of the search reports for all; checkpoints of running trials are registered on the way."""
+    launcher = FakeLauncher()
+    launcher.submit(driven.attempt)
+    reconciler = Reconciler(driven.db, launcher, driven.store, Settings())
+
+    def look() -> None:
+        with driven.db.session() as session:
+            session.get_one(JobRow, driven.id).next_look_at = None
+        while reconciler.run_once():
+            pass
+
+    file = driven.begun(1)
+    driven.report(file, {10: 0.3}, step=15)
+    checkpoint = put_checkpoint(driven.store, driven.job(file.job_id), 1, 10)
+    look()
+    assert driven.job(driven.id).state == "RUNNING"
+    (trial,) = api.get(f"/v1/searches/{driven.id}/trials").json()["items"]
+    assert trial["checkpoint"] == checkpoint
+    launcher.end(driven.attempt, LaunchState.FAILED, "killed")
+    look()
+    assert driven.job(driven.id).state == "RECOVERING"
+    (trial,) = api.get(f"/v1/searches/{driven.id}/trials").json()["items"]
+    assert (trial["state"], trial["message"]) == ("QUEUED", "Goes on with its search.")
 
 
 # -- population-based training -----------------------------------------------------------------------------------------
