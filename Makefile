@@ -49,4 +49,4 @@ wheel: env  ## dist/*.whl
 clean:  ## remove what was made here (not the cached environment)
 	rm -rf .venv dist build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help env demo pictures test soak gpu-check bench check lint types wheel clean
+.PHONY: help env demo pictures test soak search-check gpu-check bench check lint types wheel clean

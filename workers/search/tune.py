@@ -25,7 +25,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 from ray.util.placement_group import PlacementGroup
 
-from workers.search.group import RankProcess
+from workers.search.rank_process import RankProcess
 
 
 class TuneTrial(Trial):
