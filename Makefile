@@ -7,7 +7,7 @@ DATA_ROOT ?= $(wildcard ../shared/data)
 ARGS ?=
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 env:  ## .venv, on top of a cached environment (see infra/env.sh)
 	@infra/env.sh dev
@@ -26,6 +26,9 @@ debian:  ## what the tests need of Debian, where it is missing (as root, or by s
 
 soak: env  ## a real job whose parts are killed at random, then the same weights: make soak MINUTES=10 SEED=0
 	$(PYTHON) -m tests.faults.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+
+search-check: env  ## searches whose driver and API are killed, a population, 50 tiny trials: make search-check ARGS='--only killed'
+	$(PYTHON) -m tests.faults.search_check $(ARGS)
 
 gpu-check: env  ## where there is a GPU: ZeRO parity, exact resume, NCCL, MFU and memory of B/L/H, into gpu-check.json
 	$(PYTHON) -m tests.gpu.check $(ARGS)
@@ -52,4 +55,4 @@ wheel: env  ## dist/*.whl
 clean:  ## remove what was made here (not the cached environment)
 	rm -rf .venv dist build demo-out bench-out screenshots .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help debian env demo pictures test soak gpu-check screenshots bench check lint types wheel clean
+.PHONY: help debian env demo pictures test soak search-check gpu-check screenshots bench check lint types wheel clean

@@ -67,7 +67,7 @@ def create_trial(
     services: ServicesDep, attempt_id: str, request: Annotated[TrialCreate, Depends(wire_body(TrialCreate))]
 ) -> TrialRecord:
     """Add a trial to the search. The same one again changes nothing."""
-    return trials.create_trial(services.db, attempt_id, request)
+    return trials.create_trial(services.db, services.store, attempt_id, request)
 
 
 @router.post("/trials/{number}/begin", operation_id="begin_trial", responses=declares(401, 404, 409, 413, 422, 503))

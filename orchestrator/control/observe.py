@@ -180,11 +180,18 @@ class Observer:
         return not 0.0 <= (self._clock() - then).total_seconds() < seconds
 
     def _register(self, claim: Claim) -> None:
-        new = register_manifests(self._db, self._store, claim.job_id, guard=lambda session: guarded(session, claim))
+        for job_id in (claim.job_id, *self._running_trials(claim.job_id)):
+            new = register_manifests(self._db, self._store, job_id, guard=lambda session: guarded(session, claim))
+            if new:
+                renew(self._db, claim, self._clock(), self._settings.lease_s)
+                apply_retention(self._db, self._store, job_id, self._clock())
         self._registered_at[claim.job_id] = self._clock()
-        if new:
-            renew(self._db, claim, self._clock(), self._settings.lease_s)
-            apply_retention(self._db, self._store, claim.job_id, self._clock())
+
+    def _running_trials(self, search_id: str) -> list[str]:
+        """The trials that leave checkpoints now: nobody else looks for these while they run."""
+        with self._db.reader() as session:
+            mine = JobRow.search_id == search_id, JobRow.state.in_((JobState.RUNNING, JobState.RECOVERING))
+            return list(session.scalars(select(JobRow.id).where(*mine)))
 
 
 def _is_gone(status: JobStatus | None) -> bool:

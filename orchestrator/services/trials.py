@@ -149,13 +149,20 @@ def _trial(session: Session, search: JobRow, number: int) -> tuple[TrialRow, Job
 
 
 # -- a new one ---------------------------------------------------------------------------------------------------------
-def create_trial(db: Database, attempt_id: str, request: TrialCreate) -> TrialRecord:
+def create_trial(db: Database, store: ObjectStore, attempt_id: str, request: TrialCreate) -> TrialRecord:
     """Add a trial to the search. One whose description is not valid is there too, as a failed one.
 
     Raises:
         NotFound, Fenced
         Conflict: the number is taken by another trial, or the parent has no checkpoint to go on from.
+        StoreError
     """
+    if request.parent is not None:
+        with db.reader() as session:
+            search, _ = _speaking(session, attempt_id)
+            parent = session.get(TrialRow, (search.id, request.parent))
+        if parent is not None:
+            register_manifests(db, store, parent.job_id)
     with db.session() as session:
         search, _ = _speaking(session, attempt_id, lock=True)
         spec = search_spec(search)

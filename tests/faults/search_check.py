@@ -57,21 +57,21 @@ def driver_pid(client: Client, job_id: str) -> int:
         attempts = client.jobs.get(job_id).attempts
         return attempts[-1].ranks[0].pid if attempts and attempts[-1].ranks else None
 
-    return until("the driver reports", probe)
+    return until("the driver reports", probe, DEADLINE_S)
 
 
 def trains(client: Client, job_id: str) -> None:
     """Until a trial's job has done a step, or ended."""
-    until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, 300)
+    until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, DEADLINE_S)
 
 
 # -- the scenarios -----------------------------------------------------------------------------------------------------
 def killed(client: Client, stack: Stack, num_trials: int) -> str:
     asked = searching(algorithm="tpe", budget={"trials": num_trials}, concurrency=1, seed=3, name="killed")
     search = client.jobs.create(asked)
-    trains(client, trial_job(client, search.id, 2))
+    trains(client, trial_job(client, search.id, 2, DEADLINE_S))
     os.kill(driver_pid(client, search.id), signal.SIGKILL)
-    trains(client, trial_job(client, search.id, 4))
+    trains(client, trial_job(client, search.id, 4, DEADLINE_S))
     (server,) = psutil.Process(stack.pid("api")).children()
     os.kill(server.pid, signal.SIGKILL)
     job = succeeded(client, search.id)

@@ -14,6 +14,7 @@ from configs.reasons import ExitReason
 from configs.search_wire import SearchState, TrialBegun, TrialEnded, TrialRecord
 from configs.states import AttemptState, JobState
 from configs.wire import AttemptFile, Heartbeat, MetricPoint, ReportBatch
+from orchestrator.control.launcher import LaunchState
 from orchestrator.control.queue_view import load_view
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.trials import release_trials
@@ -309,6 +310,32 @@ def test_what_has_not_ended_is_cancelled_with_its_search(driven: Driven) -> None
         assert (job.state, job.reason) == ("CANCELLED", "SEARCH_ENDED")
 
 
+def test_the_reconciler_watches_the_search_and_ends_what_its_driver_left(driven: Driven, api: TestClient) -> None:
+    """The driver of the search reports for all; checkpoints of running trials are registered on the way."""
+    launcher = FakeLauncher()
+    launcher.submit(driven.attempt)
+    reconciler = Reconciler(driven.db, launcher, driven.store, Settings())
+
+    def look() -> None:
+        with driven.db.session() as session:
+            session.get_one(JobRow, driven.id).next_look_at = None
+        while reconciler.run_once():
+            pass
+
+    file = driven.begun(1)
+    driven.report(file, {10: 0.3}, step=15)
+    checkpoint = put_checkpoint(driven.store, driven.job(file.job_id), 1, 10)
+    look()
+    assert driven.job(driven.id).state == "RUNNING"
+    (trial,) = api.get(f"/v1/searches/{driven.id}/trials").json()["items"]
+    assert trial["checkpoint"] == checkpoint
+    launcher.end(driven.attempt, LaunchState.FAILED, "killed")
+    look()
+    assert driven.job(driven.id).state == "RECOVERING"
+    (trial,) = api.get(f"/v1/searches/{driven.id}/trials").json()["items"]
+    assert (trial["state"], trial["message"]) == ("QUEUED", "Goes on with its search.")
+
+
 # -- population-based training -----------------------------------------------------------------------------------------
 def test_a_replacing_trial_goes_on_from_the_better_ones_checkpoint(driven: Driven) -> None:
     better = driven.begun(1, lr=0.02)
@@ -319,9 +346,6 @@ def test_a_replacing_trial_goes_on_from_the_better_ones_checkpoint(driven: Drive
     assert driven.ask("POST", "trials", {**body, "params": {"optim.lr": 0.024}, "parent_step": 5}).status_code == 409
     with driven.db.reader() as session:
         assert session.query(JobRow).filter(JobRow.search_id == driven.id).count() == 2, "nothing was left of it"
-    from orchestrator.storage.registry import register_manifests
-
-    register_manifests(driven.db, driven.store, better.job_id)
     made = driven.create(3, lr=0.024, setting=1, parent=1, parent_step=10, replaces=2)
     assert (made.parent, made.replaces, made.step) == (1, 2, 10)
     file = driven.begin(3).attempt

@@ -49,13 +49,13 @@ def ended(client: Client, job_id: str) -> JobPublic:
     return finished(client, job_id, DEADLINE_S)
 
 
-def trial_job(client: Client, search_id: str, number: int) -> str:
+def trial_job(client: Client, search_id: str, number: int, deadline_s: float = DEADLINE_S) -> str:
     """The job of a trial, once that was made."""
 
     def probe() -> str | None:
         return next((t.job_id for t in client.searches.trials(search_id) if t.number == number), None)
 
-    return until(f"trial {number}", probe)
+    return until(f"trial {number}", probe, deadline_s)
 
 
 def assert_nothing_is_placed(stack: Stack) -> None:

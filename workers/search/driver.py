@@ -75,9 +75,9 @@ def drive_search(
     plane = SearchPlane(settings.api_url, settings.worker_secret.get_secret_value(), attempt.attempt_id)
     here = ray.get_runtime_context().get_node_id()
     beside = NodeAffinitySchedulingStrategy(here, soft=False)
-    hub = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside)(SearchHub).remote()
+    hub_class = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside)(SearchHub)
     claim = ClaimRequest(nonce=uuid.uuid4().hex, node=socket.gethostname(), pid=os.getpid())
-    place = Place(settings, store, plane, hub, here, scratch / "trials", claim, terminated)
+    place = Place(settings, store, plane, hub_class.remote, here, scratch / "trials", claim, terminated)
     driver = SearchDriver(attempt, place, forwarder, terminated, run_rank)
     reason, message = driver.run()
     exit_file = ExitFile(
@@ -120,6 +120,7 @@ class SearchDriver:
         self._slots: int | None = None
         self._ran_before_s = 0.0
         self._started_at = time.monotonic()
+        self._hub: Any = place.start_hub()
         self._next_ask = self._next_limits = 0.0
         self._beats = 0
         self._stop_reason: tuple[ExitReason, str] | None = None
@@ -178,6 +179,13 @@ class SearchDriver:
 
     # -- one turn ------------------------------------------------------------------------------------------------------
     def _turn(self) -> tuple[ExitReason, str] | None:
+        began = time.monotonic()
+        end = self._look_at_all()
+        if end is None:
+            time.sleep(max(0.0, LOOK_S - (time.monotonic() - began)))
+        return end
+
+    def _look_at_all(self) -> tuple[ExitReason, str] | None:
         self._beat()
         if self._forwarder.is_fenced:
             return ExitReason.FENCED, "Another attempt has the search."
@@ -185,7 +193,7 @@ class SearchDriver:
         if self._stop_reason is None:
             self._stop_reason = self._budget_used_up()
         self._read_limits()
-        self.controller.turn(LOOK_S)
+        self.controller.turn()
         for trial in list(self._live.values()):
             if order is not Desired.RUN and trial.run.forwarder.desired is Desired.RUN:
                 trial.run.forwarder.desired = order
@@ -197,9 +205,11 @@ class SearchDriver:
             return ORDERED[order], "It left when it was told to; its trials saved what they had."
         if self._stop_reason is not None and self._stop_reason[0] is not ExitReason.COMPLETED:
             return self._stop_reason
-        if self._has_more():
-            return None
-        return self._finish()
+        if not self._has_more():
+            # A user may have added trials meanwhile.
+            self._next_limits = 0.0
+            self._read_limits()
+        return None if self._has_more() else self._finish()
 
     def _order(self) -> Desired:
         if self._forwarder.desired is Desired.RUN and self._terminated.is_set():
@@ -274,7 +284,7 @@ class SearchDriver:
             self.book.note(begun.trial)
             if begun.attempt is None:
                 continue
-            trial = open_trial(begun.trial, begun.attempt, self._search.metric, self._place)
+            trial = open_trial(begun.trial, begun.attempt, self._search.metric, self._hub, self._place)
             self._live[begun.attempt.attempt_id] = trial
             return trial.tune_trial
 
@@ -360,6 +370,9 @@ class SearchDriver:
     # -- looking and closing -------------------------------------------------------------------------------------------
     def _look(self, trial: TrialRun) -> None:
         points, evidence = trial.look()
+        if trial.has_lost_hub and trial.hub.actor is self._hub:
+            log.error("The hub is gone; trials that begin from now on get another one.")
+            self._hub = self._place.start_hub()
         for step, value in points:
             if trial.record.role == "final":
                 trial.points.append((step, value))

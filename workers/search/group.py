@@ -15,17 +15,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from workers.rank_main import rank_process_main
+from workers.search.rank_process import RankProcess
 from workers.worker_group import GroupEnd, ProcessFailure
 
 _MESSAGE_CHARS = 2_000
-
-
-class RankProcess:
-    """The process of one rank of a trial."""
-
-    def run(self, config: dict[str, Any], rank: int, local_rank: int) -> None:
-        rank_process_main(config, rank, local_rank)
 
 
 class TrialWorkerGroup:

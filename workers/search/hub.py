@@ -30,17 +30,17 @@ class TrialHub:
     """One attempt's hub, with the methods of a handle to a ReportHub of its own: what ranks are given."""
 
     def __init__(self, actor: Any, attempt_id: str) -> None:
-        self._actor, self._attempt_id = actor, attempt_id
+        self.actor, self._attempt_id = actor, attempt_id
         for method in ("enter", "publish", "rendezvous", "push", "finish"):
             setattr(self, method, _Method(actor, attempt_id, method))
 
     def drain(self, desired: Desired) -> Drained:
         """As the driver calls it. Raises RayError or GetTimeoutError if the hub is gone."""
-        drained: Drained = ray.get(self._actor.call.remote(self._attempt_id, "drain", desired), timeout=_TIMEOUT_S)
+        drained: Drained = ray.get(self.actor.call.remote(self._attempt_id, "drain", desired), timeout=_TIMEOUT_S)
         return drained
 
     def forget(self) -> None:
-        self._actor.forget.remote(self._attempt_id)
+        self.actor.forget.remote(self._attempt_id)
 
 
 class _Method:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Place:
     settings: NodeSettings
     store: ObjectStore
     plane: SearchPlane
-    hub: Any
+    start_hub: Callable[[], Any]
+    """Starts a SearchHub beside the driver."""
     node_id: str
     scratch: Path
     claim: ClaimRequest
@@ -74,6 +76,8 @@ class TrialRun:
     run: Run
     courier: Courier
     hub: TrialHub
+    plane: ControlPlane
+    """The line of this attempt's reports."""
     metric: str
     points: list[tuple[int, float]] = field(default_factory=list)
     """Of the metric, by step: those known before this attempt, then this one's."""
@@ -81,6 +85,7 @@ class TrialRun:
     """Why the search stopped it."""
     start_error: str | None = None
     """Why its first process could not be started."""
+    has_lost_hub: bool = False
     placed_at: float | None = None
     freed_at: float | None = None
 
@@ -100,6 +105,7 @@ class TrialRun:
             forward_reports(self.run)
             evidence = watch_progress(self.run, group_end)
         except (RayError, GetTimeoutError) as error:
+            self.has_lost_hub = True
             return [], evidence_of(self.run, group_end=GroupEnd(error=f"The hub is gone: {error}"))
         return self._new_points(), evidence
 
@@ -145,6 +151,7 @@ class TrialRun:
             log.warning("A trial's last reports could not be delivered yet.", trial=self.record.number)
         self.courier.close()
         self.hub.forget()
+        self.plane.close()
         shutil.rmtree(place.scratch / self.attempt.attempt_id, ignore_errors=True)
         while exit_file is not None:
             try:
@@ -158,7 +165,7 @@ class TrialRun:
         return None
 
 
-def open_trial(record: TrialRecord, attempt: AttemptFile, metric: str, place: Place) -> TrialRun:
+def open_trial(record: TrialRecord, attempt: AttemptFile, metric: str, hub_actor: Any, place: Place) -> TrialRun:
     """A trial's attempt, claimed in the background, before it has workers."""
     resources = attempt.spec["resources"]
     bundle = {"CPU": float(resources["cpus_per_worker"])}
@@ -172,9 +179,9 @@ def open_trial(record: TrialRecord, attempt: AttemptFile, metric: str, place: Pl
     forwarder = Forwarder(plane, place.claim, spool, record.total_steps)
     forwarder.start()
     courier = Courier(attempt_id, place.settings.log_dir, place.node_id, place.store)
-    hub = TrialHub(place.hub, attempt_id)
+    hub = TrialHub(hub_actor, attempt_id)
     couriers = Couriers(attempt_id, courier, place.node_id)
     run = Run(attempt, place.settings, place.store, hub, NotPlaced(), forwarder, couriers, is_node_alive)
     run.terminated = place.terminated
     tune_trial = TuneTrial(attempt_id, [dict(bundle) for _ in range(attempt.world_size)])
-    return TrialRun(record, attempt, tune_trial, run, courier, hub, metric, list(record.curve))
+    return TrialRun(record, attempt, tune_trial, run, courier, hub, plane, metric, list(record.curve))

@@ -25,7 +25,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 from ray.util.placement_group import PlacementGroup
 
-from workers.search.group import RankProcess
+from workers.search.rank_process import RankProcess
 
 
 class TuneTrial(Trial):
@@ -95,12 +95,13 @@ class Controller(TuneController):
         # The listener gives out no more trials than there are places.
         self._max_pending_trials = 10_000
 
-    def turn(self, timeout_s: float) -> None:
-        """Takes new trials, places what can be placed, and waits so long for one to be placed."""
+    def turn(self) -> None:
+        """Takes new trials, places what can be placed now, and begins those that were."""
         while (trial := self._search_alg.next_trial()) is not None:
             self.add_trial(trial)
         self._maybe_add_actors()
-        self._actor_manager.next(timeout=timeout_s)
+        while self._actor_manager.next(timeout=0.0):
+            pass
 
     def report(self, trial: TuneTrial, step: int, value: float) -> bool:
         """Judges a result. Returns whether the trial goes on; one that does not has left its workers."""
