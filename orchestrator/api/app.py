@@ -59,6 +59,20 @@ DESCRIPTION = """Trains Vision Transformers on a shared cluster: plan, queue, tr
 Errors are `application/problem+json`; `errors[].pointer` names each field that is wrong. Lists are paged by opaque
 cursors; streams are server-sent events that go on after `Last-Event-ID`; `POST /v1/jobs` takes an `Idempotency-Key`.
 """
+_MODULES = (
+    jobs,
+    views,
+    searches,
+    telemetry,
+    checkpoints,
+    pictures,
+    uploads,
+    vtab,
+    catalog,
+    tokens,
+    health,
+    internal,
+)
 # Bodies that routes read themselves, and answers declared by reference.
 _REFERENCED: tuple[type[BaseModel], ...] = (
     Problem,
@@ -94,7 +108,7 @@ def create_app(settings: Settings, db: Database, store: ObjectStore, dashboard: 
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
     app.state.exposition = exposition = Exposition(db)
-    for module in (jobs, views, searches, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal):
+    for module in _MODULES:
         app.include_router(module.router)
     app.state.dashboard = dashboard
     if dashboard is not None:
@@ -153,8 +167,7 @@ def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _tags() -> list[dict[str, str]]:
-    modules = (jobs, views, searches, telemetry, checkpoints, pictures, uploads, vtab, catalog, tokens, health, internal)
-    tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in modules]
+    tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in _MODULES]
     return [*tags, {"name": "exports", "description": "What export and evaluate jobs leave."}]
 
 
