@@ -63,7 +63,7 @@ def fork_job(db: Database, actor: Actor, job_id: str, wanted: JobFork, key: Key 
         data = {"job_id": row.id, "checkpoint": row.resume_from}
         record(session, job_id, "job.forked", f"Forked as {row.id}, {how}", actor.name, data=data)
         data = {"job_id": job_id, "checkpoint": row.resume_from}
-        record(session, row.id, "job.forked_from", f"A fork of {job_id}, {how}", actor.name, data=data, is_new=True)
+        record(session, row.id, "job.forked_from", f"A fork of {job_id}, {how}", actor.name, data=data)
         return submitted
 
 
