@@ -59,7 +59,7 @@ DESCRIPTION = """Trains Vision Transformers on a shared cluster: plan, queue, tr
 Errors are `application/problem+json`; `errors[].pointer` names each field that is wrong. Lists are paged by opaque
 cursors; streams are server-sent events that go on after `Last-Event-ID`; `POST /v1/jobs` takes an `Idempotency-Key`.
 """
-_ROUTES = (
+_MODULES = (
     jobs,
     views,
     searches,
@@ -108,7 +108,7 @@ def create_app(settings: Settings, db: Database, store: ObjectStore, dashboard: 
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
     app.state.exposition = exposition = Exposition(db)
-    for module in _ROUTES:
+    for module in _MODULES:
         app.include_router(module.router)
     app.state.dashboard = dashboard
     if dashboard is not None:
@@ -167,7 +167,7 @@ def _schemas_of(models: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def _tags() -> list[dict[str, str]]:
-    tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in _ROUTES]
+    tags = [{"name": str(m.router.tags[0]), "description": (m.__doc__ or "").strip()} for m in _MODULES]
     return [*tags, {"name": "exports", "description": "What export and evaluate jobs leave."}]
 
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from orchestrator.dashboard.mount import Services
-from orchestrator.services import metric_files
+from orchestrator.services import metric_files, pictures
 from orchestrator.services.logs import LEVELS, LogFilter, read_text
 from orchestrator.services.patterns import check_pattern
 from orchestrator.services.problems import ApiError
@@ -31,6 +31,12 @@ def register(app: FastAPI, services: Services) -> None:
         pieces = metric_files.metrics_file(services.db, job_id, [], "csv")
         return _file(pieces, metric_files.MEDIA_TYPES["csv"], f"{job_id}-metrics.csv")
 
+    def picture(job_id: str, name: str) -> Response:
+        file, chunks = pictures.picture_file(services.db, services.store, job_id, name)
+        headers = {"Content-Length": str(file.num_bytes), "Cache-Control": "private, max-age=3600"}
+        return StreamingResponse(chunks, headers=headers, media_type=pictures.media_type(name))
+
+    app.add_api_route("/files/jobs/{job_id}/pictures/{name}", picture, include_in_schema=False)
     app.add_api_route("/files/jobs/{job_id}/log", log, include_in_schema=False)
     app.add_api_route("/files/jobs/{job_id}/metrics.csv", metrics, include_in_schema=False)
 

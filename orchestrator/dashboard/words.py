@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-KINDS = ("pretrain", "finetune", "evaluate", "export", "import")
+KINDS = ("pretrain", "finetune", "evaluate", "export", "inspect", "search", "import")
 STATE_WORDS = {
     "QUEUED": "Queued",
     "PREPARING": "Starting",

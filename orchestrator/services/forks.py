@@ -11,7 +11,7 @@ from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import Key, claim
 from orchestrator.services.jobs import find_job
 from orchestrator.services.problems import Invalid, field_error
-from orchestrator.services.submission import Request, Submitted, insert_job, job_row, prepare, replayed
+from orchestrator.services.submission import Request, Submitted, job_row, prepare, queue_prepared, replayed
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.registry import resolve_ref
@@ -52,12 +52,13 @@ def fork_job(db: Database, actor: Actor, job_id: str, wanted: JobFork, key: Key 
         old = lock_job(session, job_id)
         assert old is not None, "jobs are never deleted"
         request = fork_request(old, wanted)
-        row = job_row(request, prepare(session, request, hold=True))
+        prepared = prepare(session, request, hold=True)
+        row = job_row(request, prepared)
         checkpoint = None if wanted.checkpoint is None else _find(session, old, wanted.checkpoint)
         if checkpoint is not None:
             _check_same_training(old, row, checkpoint)
             row.resume_from, row.step = checkpoint.id, checkpoint.step
-        submitted = insert_job(session, actor, row, key)
+        submitted = queue_prepared(session, actor, row, prepared, key)
         how = f"from step {checkpoint.step}" if checkpoint is not None else "from the start"
         data = {"job_id": row.id, "checkpoint": row.resume_from}
         record(session, job_id, "job.forked", f"Forked as {row.id}, {how}", actor.name, data=data)

@@ -18,6 +18,8 @@ from orchestrator.storage.tables import CheckpointRow, JobRow
 
 NUM_SHOWN = 20
 FAILED_WITHIN = timedelta(days=7)
+_NO_TRIAL = JobRow.search_id.is_(None)
+"""Trials are their search's."""
 _ACTIVE = tuple(state for state in JobState if state.holds_resources)
 
 
@@ -26,11 +28,11 @@ def read_overview(db: Database, now: datetime | None = None) -> OverviewPublic:
     now = now or datetime.now(UTC)
     cluster = get_cluster(db)
     with db.reader() as session:
-        by_state = select(JobRow.state, func.count()).group_by(JobRow.state)
+        by_state = select(JobRow.state, func.count()).where(_NO_TRIAL).group_by(JobRow.state)
         counted = dict(session.execute(by_state).all())
         active = _jobs(session, _ACTIVE)
         queued = sorted(_jobs(session, (JobState.QUEUED,), ordered=True), key=_place)
-        ended = select(JobRow).where(JobRow.state == JobState.FAILED, JobRow.ended_at > now - FAILED_WITHIN)
+        ended = select(JobRow).where(_NO_TRIAL, JobRow.state == JobState.FAILED, JobRow.ended_at > now - FAILED_WITHIN)
         failed = publish(session, list(session.scalars(ended.order_by(JobRow.ended_at.desc()).limit(5))))
         return OverviewPublic(
             cluster=cluster,
@@ -44,7 +46,7 @@ def read_overview(db: Database, now: datetime | None = None) -> OverviewPublic:
 
 
 def _jobs(session: Session, states: Sequence[JobState], *, ordered: bool = False) -> list[JobPublic]:
-    query = select(JobRow).where(JobRow.state.in_(states)).limit(NUM_SHOWN)
+    query = select(JobRow).where(_NO_TRIAL, JobRow.state.in_(states)).limit(NUM_SHOWN)
     if ordered:
         query = query.order_by(JobRow.priority.desc(), JobRow.created_at)
     else:

@@ -121,10 +121,15 @@ def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) ->
         if earlier is not None:
             return replayed(earlier)
         prepared = prepare(session, request, hold=True)
-        submitted = insert_job(session, actor, job_row(request, prepared), key)
-        if isinstance(prepared.spec, SearchJob):
-            session.add(SearchRow(job_id=submitted.job_id, num_trials=prepared.spec.budget.trials))
-        return submitted
+        return queue_prepared(session, actor, job_row(request, prepared), prepared, key)
+
+
+def queue_prepared(session: Session, actor: Actor, row: JobRow, prepared: Prepared, key: Key | None) -> Submitted:
+    """Queue a job with what its kind needs beside it, in the caller's transaction."""
+    submitted = insert_job(session, actor, row, key)
+    if isinstance(prepared.spec, SearchJob):
+        session.add(SearchRow(job_id=submitted.job_id, num_trials=prepared.spec.budget.trials))
+    return submitted
 
 
 def queue_import(session: Session, actor: Actor, document: dict[str, Any]) -> str:

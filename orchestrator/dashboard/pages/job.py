@@ -17,7 +17,9 @@ from orchestrator.dashboard.pages import (
     job_curves,
     job_history,
     job_logs,
+    job_pictures,
     job_spec,
+    job_trials,
 )
 from orchestrator.schemas import JobPublic
 from orchestrator.services.jobs import get_job
@@ -33,6 +35,18 @@ TABS: dict[str, tuple[str, Tab]] = {
     "description": ("Description", job_spec.draw),
     "events": ("Events", job_history.draw_events),
 }
+_FIRST_OF_KIND: dict[str, dict[str, tuple[str, Tab]]] = {
+    "inspect": {"pictures": ("Pictures", job_pictures.draw)},
+    "search": {"trials": ("Trials", job_trials.draw)},
+}
+_WITHOUT_CURVES = ("inspect", "search", "export", "import")
+
+
+def tabs_of(kind: str) -> dict[str, tuple[str, Tab]]:
+    """The tabs of a kind of job, the one that is open at first in front."""
+    return _FIRST_OF_KIND.get(kind, {}) | {
+        name: tab for name, tab in TABS.items() if name != "curves" or kind not in _WITHOUT_CURVES
+    }
 
 
 def register(site: Site) -> None:
@@ -48,7 +62,7 @@ def register(site: Site) -> None:
                 parts.link("All jobs", url("/jobs"))
             return
         with Frame(site, request, job.name, "jobs") as frame:
-            _Page(frame, job, request.query_params.get("tab", "curves"))
+            _Page(frame, job, request.query_params.get("tab", ""))
 
 
 def job_reader(frame: Frame, job_id: str) -> Callable[[], Look[JobPublic]]:
@@ -66,6 +80,8 @@ class _Page:
         self.frame = frame
         self.job = job
         self._drawn: dict[str, tuple[Any, Callable[[JobPublic], None]]] = {}
+        self._tabs = tabs_of(job.kind)
+        self._first = next(iter(self._tabs))
         with parts.tag("div", "", "head"):
             with parts.tag("div", "", "title"):
                 with parts.row():
@@ -78,10 +94,10 @@ class _Page:
         self._why = section(_draw_why, lambda job: (job.state, job.reason, job.message, job.queue))
         self._progress = _Progress()
         with parts.tag("nav", "", "tabs", aria_label="What to see of the job"):
-            self._links = {name: self._tab_link(name, text) for name, (text, _) in TABS.items()}
+            self._links = {name: self._tab_link(name, text) for name, (text, _) in self._tabs.items()}
         self._panels = parts.tag("div")
         self.show(job)
-        self._open(tab if tab in TABS else "curves")
+        self._open(tab if tab in self._tabs else self._first)
         frame.follow(("job", job.id), job_reader(frame, job.id), self.show)
 
     def show(self, job: JobPublic) -> None:
@@ -101,14 +117,14 @@ class _Page:
     def _open(self, name: str) -> None:
         if name not in self._drawn:
             with self._panels, parts.stack() as panel:
-                self._drawn[name] = (panel, TABS[name][1](self.frame, self.job))
+                self._drawn[name] = (panel, self._tabs[name][1](self.frame, self.job))
         for other, (panel, _) in self._drawn.items():
             parts.show(panel, other == name)
         for other, link in self._links.items():
             link.props["aria-current"] = "page" if other == name else "false"
             link.update()
         if self.frame.client.has_socket_connection:
-            ui.navigate.history.replace(url(f"/jobs/{self.job.id}", tab="" if name == "curves" else name))
+            ui.navigate.history.replace(url(f"/jobs/{self.job.id}", tab="" if name == self._first else name))
 
 
 class _Progress:
