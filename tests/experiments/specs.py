@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-BATCH = 128
+BATCH = 64
+WARMUP = 50
 NUM_TRAIN = 60_000
 SEEDS = (0, 1, 2)
 CLASSES = 10
@@ -28,7 +29,11 @@ def pretraining(
     name: str, model: Mapping[str, Any], *, steps: int, lr: float, seed: int, fraction: float = 1.0, **parts: Any
 ) -> dict[str, Any]:
     """A training job of so many steps on a fraction of the training images, which the seed chooses as well as the
-    start and the order; evaluated at its end on all test images. `parts` go over the parts of that name."""
+    start and the order; evaluated at its end on all test images. `parts` go over the parts of that name.
+
+    The learning rate stays constant after its warm-up, and it is the moving average of the weights that is evaluated:
+    an evaluation within training then tells what a job of that length would have given.
+    """
     spec: dict[str, Any] = {
         "kind": "pretrain",
         "name": name,
@@ -38,11 +43,17 @@ def pretraining(
             "augment": {"crop": "resize", "flip": True},
         },
         "optim": {"name": "adamw", "lr": lr, "weight_decay": 0.05, "clip_grad_norm": 1.0},
-        "schedule": {"total_steps": steps, "warmup_steps": steps // 10, "decay": "cosine"},
-        "train": {"global_batch_size": BATCH, "precision": "fp32", "log_every_steps": 25, "seed": seed},
+        "schedule": {"total_steps": steps, "warmup_steps": WARMUP, "decay": "constant"},
+        "train": {
+            "global_batch_size": BATCH,
+            "precision": "fp32",
+            "log_every_steps": 50,
+            "seed": seed,
+            "ema_decay": 0.99,
+        },
         "zero": {"stage": 0},
         "resources": {"workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1},
-        "eval": {"batch_size": 500},
+        "eval": {"batch_size": 500, "weights": "ema"},
     }
     if fraction < 1.0:
         spec["data"]["subset"] = {"fraction": fraction, "seed": seed}

@@ -14,8 +14,8 @@ from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import pretraining
 from tests.experiments.summary import Spread, chart, draw_lines, grouped, markdown, top1
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-STEPS = 200
+RATES = (1e-3, 3e-3, 9e-3)
+STEPS = 400
 
 
 def runs() -> list[Run]:

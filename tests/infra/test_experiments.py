@@ -82,6 +82,6 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_experiment_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"claim", "tuning", "positions", "pooling", "few_shot"} <= set(programs())
+    assert {"claim", "tuning", "positions", "pooling"} <= set(programs())
     assert main(["clam"]) == 2
     assert "experiment 'clam', must be one of " in capsys.readouterr().err
