@@ -13,7 +13,7 @@ from tests.experiments.specs import SEEDS, pretraining, transformer
 from tests.experiments.summary import chart, draw_lines, grouped, markdown, spreads, top1
 
 POOLS = {"class token": "cls", "GAP": "gap"}
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (2e-3, 6e-3)
 STEPS = 400
 
 

@@ -23,7 +23,7 @@ KINDS = {
     "relative": ("relative", "stem"),
     "2-D sines and cosines, fixed": ("sincos2d", "stem"),
 }
-STEPS = 600
+STEPS = 400
 
 
 def runs() -> list[Run]:

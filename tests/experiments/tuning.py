@@ -14,7 +14,7 @@ from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import pretraining
 from tests.experiments.summary import Spread, chart, draw_lines, grouped, markdown, top1
 
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (1e-3, 3e-3, 5e-3, 9e-3)
 STEPS = 400
 
 
