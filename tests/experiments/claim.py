@@ -23,7 +23,7 @@ MODELS = {
     "BiT": resnet((1, 1), 32),
 }
 """49 patches in ViT and hybrid; the operations of one image differ by at most 2 % (a test looks)."""
-LEARNING_RATES = {"ViT": 3e-3, "hybrid": 3e-3, "BiT": 3e-3}
+LEARNING_RATES = {"ViT": 5e-3, "hybrid": 3e-3, "BiT": 9e-3}
 """What `tuning` found best (a test looks)."""
 STEPS = {0.01: 250, 0.1: 500, 1.0: 1000}
 """By the fraction of the training images: 27, 5 and 1 times through them."""
