@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import BATCH, NUM_TRAIN, SEEDS, pretraining, resnet, transformer
-from tests.experiments.summary import Spread, chart, draw_lines, grouped, markdown, spreads, top1
+from tests.experiments.summary import Spread, cells, chart, draw_lines, grouped, markdown, spreads, top1
 
 MODELS = {
     "ViT": transformer(4, 48, 2, 3, 160),
@@ -74,10 +74,10 @@ def cost_and_accuracy(records: Sequence[Record]) -> str:
     rows = []
     for family, group in by_family(records).items():
         accuracy = spreads(group, lambda r: int(r.labels["images"]), top1)
-        cells = [f"{group[0].parameters:,}", f"{group[0].macs / 1e6:.2f}", f"{max(r.exaflops for r in group):.2e}"]
-        rows.append([family, *cells, *[accuracy[images].percent() for images in sorted(accuracy)]])
+        cost = [f"{group[0].parameters:,}", f"{group[0].macs / 1e6:.2f}", f"{group[0].exaflops / group[0].images:.2e}"]
+        rows.append([family, *cost, *cells(accuracy, [round(NUM_TRAIN * fraction) for fraction in STEPS])])
     amounts = [f"{round(NUM_TRAIN * fraction):,} images, {steps} steps" for fraction, steps in STEPS.items()]
-    return markdown(["", "parameters", "MMAC", "exaFLOPs, all images", *amounts], rows)
+    return markdown(["", "parameters", "MMAC", "exaFLOPs per image seen", *amounts], rows)
 
 
 def within_training(records: Sequence[Record]) -> str:
@@ -87,8 +87,8 @@ def within_training(records: Sequence[Record]) -> str:
     for (family, images), group in grouped(records, lambda r: (r.labels["family"], r.labels["images"])).items():
         lines = [by_step(group, metric) for metric in metrics if metric in group[0].metrics]
         for step in lines[0]:
-            cells = [points[step].percent() for points in lines] + [""] * (len(metrics) - len(lines))
-            rows.append([family, f"{images:,}", f"{step * BATCH:,}", *cells])
+            found = [points[step].percent() for points in lines] + [""] * (len(metrics) - len(lines))
+            rows.append([family, f"{images:,}", f"{step * BATCH:,}", *found])
     head = ["", "training images", "images seen", "its own classifier", *[f"{shots} shots" for shots in SHOTS]]
     return markdown(head, sorted(rows, key=lambda row: list(MODELS).index(row[0])))
 
@@ -111,12 +111,13 @@ def plot(records: Sequence[Record], out: Path) -> None:
     with chart(out / "claim-exaflops.png", title, "exaFLOPs of training", accuracy, log_x=True) as axes:
         draw_lines(axes, {f: _against_exaflops(group) for f, group in on_all_images(records).items()})
     with chart(out / "claim-few-shot.png", f"ViT, {spread}", "images seen", "few-shot test accuracy (%)") as axes:
-        measured = on_all_images(records)["ViT"]
+        measured = on_all_images(records).get("ViT", [])
         lines = {
             f"{shots} examples of each class": {
                 float(step * BATCH): found for step, found in by_step(measured, f"eval/few_shot/{shots}").items()
             }
             for shots in SHOTS
+            if measured
         }
         draw_lines(axes, lines)
 

@@ -197,10 +197,15 @@ def record_of(client: Client, run: Run, job: JobPublic) -> Record:
     )
 
 
+def report_text(experiment: Experiment, records: Sequence[Record]) -> str:
+    """The table, after how many of the runs it is of."""
+    return f"{len(records)} of {len(experiment.runs)} jobs.\n\n{experiment.table(records)}"
+
+
 def write_report(experiment: Experiment, records: Sequence[Record], out: Path) -> None:
     """The table and the plots, into `out`; the table is printed too."""
     out.mkdir(parents=True, exist_ok=True)
-    text = experiment.table(records)
+    text = report_text(experiment, records)
     (out / f"{experiment.name}.md").write_text(text)
     experiment.plot(records, out)
     print(f"\n{experiment.title}\n\n{text}", flush=True)
@@ -212,6 +217,7 @@ def main(experiment: Experiment, words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of results (default {OUT}); runs in it are kept")
     parser.add_argument("--parallel", type=int, default=2, help="jobs at once, each on one core (default 2)")
     parser.add_argument("--only", default="", help="only runs whose key contains this; no report is written")
+    parser.add_argument("--report", action="store_true", help="run nothing; table and plots of what there is")
     arguments = parser.parse_args(words)
     if arguments.parallel < 1:
         parser.error(f"--parallel {arguments.parallel}: expected at least 1")
@@ -220,7 +226,7 @@ def main(experiment: Experiment, words: Sequence[str] | None = None) -> int:
         parser.error(f"--only {arguments.only!r}: no run's key contains it")
     try:
         results = Results.read(arguments.out / f"{experiment.name}.json", experiment.runs)
-        if any(run.key not in results.records for run in runs):
+        if not arguments.report and any(run.key not in results.records for run in runs):
             with_stack(arguments.parallel, lambda client: run_all(client, runs, results, arguments.parallel))
     except ExperimentError as error:
         print(error, file=sys.stderr)

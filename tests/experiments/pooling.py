@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import SEEDS, pretraining, transformer
-from tests.experiments.summary import chart, draw_lines, grouped, markdown, spreads, top1
+from tests.experiments.summary import cells, chart, draw_lines, grouped, markdown, spreads, top1
 
 POOLS = {"class token": "cls", "GAP": "gap"}
 RATES = (2e-3, 6e-3)
@@ -31,7 +31,7 @@ def run(name: str, lr: float, seed: int) -> Run:
 def table(records: Sequence[Record]) -> str:
     """Top-1 of both at each rate."""
     accuracy = spreads(records, lambda r: (r.labels["pool"], r.labels["lr"]), top1)
-    rows = [[name, *[accuracy[name, lr].percent() for lr in RATES]] for name in POOLS]
+    rows = [[name, *cells(accuracy, [(name, lr) for lr in RATES])] for name in POOLS]
     return markdown(["test top-1 (%) at learning rate", *[f"{lr:g}" for lr in RATES]], rows)
 
 

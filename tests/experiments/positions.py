@@ -48,7 +48,7 @@ def table(records: Sequence[Record]) -> str:
             kind,
             f"{group[0].parameters:,}",
             accuracy[kind].percent(),
-            f"{loss[kind].mean:.3f} ± {loss[kind].deviation:.3f}",
+            loss[kind].text(1.0, 3),
         ]
         for kind, group in groups.items()
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tests.experiments.experiment import Record
+from tests.experiments.specs import SEEDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +37,16 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def percent(self) -> str:
-        """As in "86.31 ± 0.20", in percent."""
-        return f"{100 * self.mean:.2f} ± {100 * self.deviation:.2f}"
+        """As in "86.31 ± 0.20", in percent; where there are not as many as there are seeds, with how many there are."""
+        return self.text(100.0, 2)
+
+    def text(self, scale: float, digits: int) -> str:
+        """As `percent`, with another scale and so many digits."""
+        mean = f"{scale * self.mean:.{digits}f}"
+        if self.count == 1:
+            return f"{mean} (one seed)"
+        deviation = f"{mean} ± {scale * self.deviation:.{digits}f}"
+        return deviation if self.count == len(SEEDS) else f"{deviation} ({self.count} seeds)"
 
 
 def grouped(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:
@@ -51,6 +60,11 @@ def grouped(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, li
 def spreads(records: Iterable[Record], key: Callable[[Record], K], value: Callable[[Record], float]) -> dict[K, Spread]:
     """The spread of a value within each group."""
     return {name: Spread.of([value(r) for r in group]) for name, group in grouped(records, key).items()}
+
+
+def cells(found: Mapping[K, Spread], keys: Iterable[K]) -> list[str]:
+    """`percent` of each key; a dash for one that has not been run."""
+    return [found[key].percent() if key in found else "–" for key in keys]
 
 
 def top1(record: Record) -> float:
