@@ -39,6 +39,9 @@ screenshots: env  ## every page of the dashboard, light, dark and narrow, of a r
 bench: env  ## against opponents, measured: make bench NAME=save_stall ARGS='--repetitions 5'; all without NAME
 	$(PYTHON) -m tests.benchmarks $(NAME) -- $(ARGS)
 
+experiments: env  ## small ones after the paper's, by real jobs: make experiments NAME=claim ARGS='--parallel 2'; all without NAME
+	$(PYTHON) -m tests.experiments $(NAME) -- $(ARGS)
+
 check: env lint types test  ## lint, types and tests
 
 lint: env  ## ruff, its formatter, and the import rules between packages
@@ -53,6 +56,6 @@ wheel: env  ## dist/*.whl
 	$(PYTHON) -m build --wheel --no-isolation
 
 clean:  ## remove what was made here (not the cached environment)
-	rm -rf .venv dist build demo-out bench-out screenshots .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build demo-out bench-out experiments-out screenshots .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help debian env demo pictures test soak search-check gpu-check screenshots bench check lint types wheel clean
+.PHONY: help debian env demo pictures test soak search-check gpu-check screenshots bench experiments check lint types wheel clean

@@ -43,7 +43,7 @@ def _draw(view: TrialPage, metric: str) -> None:
         parts.empty("No trials yet.", "They appear when the search has started.")
         return
     names = sorted({name for trial in view.items for name in trial.params})[:6]
-    columns = [
+    columns: list[dict[str, Any]] = [
         {"key": "number", "label": "Trial"},
         {"key": "state", "label": "State"},
         *({"key": f"param {name}", "label": name, "end": True} for name in names),
