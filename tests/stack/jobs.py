@@ -84,7 +84,7 @@ def finished(client: Client, job_id: str, deadline_s: float = DEADLINE_S) -> Job
     return job
 
 
-def running_attempt(client: Client, job_id: str, step: int) -> AttemptPublic:
+def running_attempt(client: Client, job_id: str, step: int, deadline_s: float = DEADLINE_S) -> AttemptPublic:
     """The job's attempt, once it trains and has done `step` steps."""
 
     def probe() -> AttemptPublic | None:
@@ -93,7 +93,7 @@ def running_attempt(client: Client, job_id: str, step: int) -> AttemptPublic:
         last = job.attempts[-1] if job.attempts else None
         return last if last and last.state != "ENDED" and last.to_step >= step else None
 
-    return until(f"{job_id} at step {step}", probe)
+    return until(f"{job_id} at step {step}", probe, deadline_s)
 
 
 def final_weights(client: Client, job_id: str) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ class Listener:
         raise RuntimeError(f"{trial.trial_id} was lost") from error
 
 
-def main(path: Path, repetitions: int = 5) -> None:
+def main(path: Path, repetitions: int = 3) -> None:
     ray.init(log_to_driver=False)
     listener = Listener()
     controller = Controller(listener)
