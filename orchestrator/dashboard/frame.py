@@ -22,6 +22,8 @@ from orchestrator.services.problems import ApiError, Forbidden, Unauthorized
 log = structlog.get_logger(__name__)
 THEME_COOKIE = "patchwork_theme"
 RECHECK_S = 15.0
+PATIENCE_S = 30.0
+"""For what a page reads before it is shown: on a busy machine more than NiceGUI's three seconds."""
 _THEMES = {"light": False, "dark": True}
 _NAV = (("overview", "Overview"), ("jobs", "Jobs"), ("submit", "Submit"), ("compare", "Compare"), ("tokens", "Tokens"))
 _View = TypeVar("_View")

@@ -161,7 +161,7 @@ def test_a_job_is_submitted_from_a_preset_after_mending_what_is_wrong(admin: Vis
     expect(page.get_by_text("1 thing to mend.")).to_be_visible()
     expect(page.get_by_role("button", name="Submit", exact=True)).to_be_disabled()
     page.get_by_label("Learning rate").fill("0.002")
-    page.get_by_label("Name", exact=True).fill("from the form")
+    page.get_by_role("textbox", name="Name").first.fill("from the form")
     page.get_by_text("Optimizer", exact=True).click()
     page.get_by_label("Weight decay").fill("0.1")
     expect(page.get_by_text("Valid: it can be submitted.")).to_be_visible()

@@ -14,7 +14,7 @@ from configs.ids import JOB_ID
 from configs.states import JobState
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
-from orchestrator.dashboard.frame import Frame, Site, section, url
+from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, section, url
 from orchestrator.schemas import ComparedSeries, ComparisonPublic
 from orchestrator.services.compare import MAX_JOBS, compare_jobs
 from orchestrator.services.jobs import JobFilter, list_jobs
@@ -30,7 +30,7 @@ _LOWER_IS_BETTER = ("loss", "step_time", "wait")
 def register(site: Site) -> None:
     """Add the page."""
 
-    @ui.page("/compare")
+    @ui.page("/compare", response_timeout=PATIENCE_S)
     async def show(request: Request) -> None:
         query = request.query_params
         jobs = [job_id for job_id in query.get("jobs", "").split(",") if JOB_ID.match(job_id)]

@@ -10,7 +10,7 @@ from nicegui import ui
 
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
-from orchestrator.dashboard.frame import Frame, Site, section, url
+from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, section, url
 from orchestrator.dashboard.pages import (
     job_actions,
     job_checkpoints,
@@ -52,7 +52,7 @@ def tabs_of(kind: str) -> dict[str, tuple[str, Tab]]:
 def register(site: Site) -> None:
     """Add the page."""
 
-    @ui.page("/jobs/{job_id}")
+    @ui.page("/jobs/{job_id}", response_timeout=PATIENCE_S)
     async def show(request: Request, job_id: str) -> None:
         try:
             job = await site.access.run(lambda: get_job(site.services.db, job_id))

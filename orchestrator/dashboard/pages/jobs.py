@@ -13,7 +13,7 @@ from configs.ids import JOB_ID
 from configs.states import JobState
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import Look
-from orchestrator.dashboard.frame import Frame, Site, url
+from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, url
 from orchestrator.dashboard.pages.overview import name_cell, progress_cell
 from orchestrator.schemas import JobPage, JobPublic
 from orchestrator.services import jobs, submission
@@ -85,7 +85,7 @@ class Wanted:
 def register(site: Site) -> None:
     """Add the page."""
 
-    @ui.page("/jobs")
+    @ui.page("/jobs", response_timeout=PATIENCE_S)
     async def show(request: Request) -> None:
         query = request.query_params
         wanted = Wanted(

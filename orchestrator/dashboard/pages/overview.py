@@ -12,7 +12,7 @@ from nicegui import ui
 from configs.states import JobState
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import Look
-from orchestrator.dashboard.frame import Frame, Site, section, url
+from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, section, url
 from orchestrator.schemas import JobPublic, NodePublic, OverviewPublic
 from orchestrator.services.overview import read_overview
 
@@ -22,7 +22,7 @@ _STALE_S = 45.0
 def register(site: Site) -> None:
     """Add the page."""
 
-    @ui.page("/overview")
+    @ui.page("/overview", response_timeout=PATIENCE_S)
     async def show(request: Request) -> None:
         view = await site.access.run(lambda: read_overview(site.services.db))
         with Frame(site, request, "Overview", "overview") as frame:

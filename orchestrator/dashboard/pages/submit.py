@@ -14,8 +14,8 @@ from configs.errors import SpecError
 from configs.load import PresetInfo, apply_overrides, list_presets
 from configs.plan import Plan, StagePlan
 from orchestrator.dashboard import parts, words
-from orchestrator.dashboard.form import FORM_KINDS, FormField, essentials, groups, value_at
-from orchestrator.dashboard.frame import Frame, Site, url
+from orchestrator.dashboard.form import FORM_KINDS, FormField, essentials, form_fields, groups, value_at
+from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, url
 from orchestrator.schemas import JobPreview
 from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import key_for
@@ -57,7 +57,7 @@ class _Checked:
 def register(site: Site) -> None:
     """Add the page."""
 
-    @ui.page("/submit")
+    @ui.page("/submit", response_timeout=PATIENCE_S)
     async def show(request: Request) -> None:
         query = request.query_params
         base: dict[str, Any] = {}
@@ -67,18 +67,26 @@ def register(site: Site) -> None:
                 base = apply_overrides(job.submitted.get("spec", {}), job.submitted.get("overrides", {}))
             except (ApiError, SpecError):
                 base = {}
+        presets = await site.access.run(_prepared)
         with Frame(site, request, "Submit a job", "submit") as frame:
             if not frame.may_write:
                 parts.empty("You may look, but not submit.", "Ask an administrator for a token with the role member.")
                 return
-            page = _Page(frame, query.get("preset", ""), base)
+            page = _Page(frame, presets, query.get("preset", ""), base)
         await page.check()
 
 
+def _prepared() -> dict[str, PresetInfo]:
+    """Presets by name. Like the form's fields they are read once, and that takes its time: not on the event loop."""
+    for kind in FORM_KINDS:
+        form_fields(kind)
+    return {info.name: info for info in list_presets()}
+
+
 class _Page:
-    def __init__(self, frame: Frame, preset: str, base: dict[str, Any]) -> None:
+    def __init__(self, frame: Frame, presets: dict[str, PresetInfo], preset: str, base: dict[str, Any]) -> None:
         self.frame = frame
-        self._presets = {info.name: info for info in list_presets()}
+        self._presets = presets
         self._base = base
         self._preset = preset if preset in self._presets else ""
         self._changes: dict[str, str] = {}

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.dashboard import parts
 from orchestrator.dashboard.feeds import Look
-from orchestrator.dashboard.frame import Frame, Site
+from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site
 from orchestrator.schemas import Role, TokenCreate, TokenCreated, TokenPage, TokenPublic
 from orchestrator.services.auth import Actor
 from orchestrator.services.tokens import create_token, list_tokens, revoke_token
@@ -33,7 +33,7 @@ _COLUMNS = (
 def register(site: Site) -> None:
     """Add the page."""
 
-    @ui.page("/tokens")
+    @ui.page("/tokens", response_timeout=PATIENCE_S)
     async def show(request: Request) -> None:
         with Frame(site, request, "Tokens", "tokens") as frame:
             if not frame.may("admin"):
