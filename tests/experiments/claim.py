@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import BATCH, NUM_TRAIN, SEEDS, pretraining, resnet, transformer
-from tests.experiments.summary import Spread, cells, chart, draw_lines, grouped, markdown, spreads, top1
+from tests.experiments.summary import Spread, cells, chart, draw_lines, grouped, markdown, of_seeds, spreads, top1
 
 MODELS = {
     "ViT": transformer(4, 48, 2, 3, 160),
@@ -100,7 +100,7 @@ def table(records: Sequence[Record]) -> str:
 
 def plot(records: Sequence[Record], out: Path) -> None:
     """claim-images.png, claim-exaflops.png and claim-few-shot.png."""
-    spread = f"mean and deviation of {len(SEEDS)} seeds"
+    spread = of_seeds(records)
     accuracy = "test top-1 (%)"
     with chart(out / "claim-images.png", f"Test top-1, {spread}", "training images", accuracy, log_x=True) as axes:
         families = by_family(records)

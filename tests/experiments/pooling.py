@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import SEEDS, pretraining, transformer
-from tests.experiments.summary import cells, chart, draw_lines, grouped, markdown, spreads, top1
+from tests.experiments.summary import cells, chart, draw_lines, grouped, markdown, of_seeds, spreads, top1
 
 POOLS = {"class token": "cls", "GAP": "gap"}
 RATES = (2e-3, 6e-3)
@@ -37,7 +37,7 @@ def table(records: Sequence[Record]) -> str:
 
 def plot(records: Sequence[Record], out: Path) -> None:
     """pooling.png."""
-    title = f"{STEPS} steps, mean and deviation of {len(SEEDS)} seeds"
+    title = f"{STEPS} steps, {of_seeds(records)}"
     with chart(out / "pooling.png", title, "learning rate", "test top-1 (%)", log_x=True) as axes:
         groups = grouped(records, lambda r: str(r.labels["pool"]))
         draw_lines(axes, {name: spreads(g, lambda r: float(r.labels["lr"]), top1) for name, g in groups.items()})

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.experiments.claim import LEARNING_RATES
 from tests.experiments.experiment import Experiment, Record, Run, main
 from tests.experiments.specs import SEEDS, pretraining, transformer
-from tests.experiments.summary import chart, draw_bars, grouped, markdown, spreads, top1
+from tests.experiments.summary import chart, draw_bars, grouped, markdown, of_seeds, spreads, top1
 
 KINDS = {
     "none": ("none", "stem"),
@@ -57,7 +57,7 @@ def table(records: Sequence[Record]) -> str:
 
 def plot(records: Sequence[Record], out: Path) -> None:
     """positions.png."""
-    title = f"{STEPS} steps, mean and deviation of {len(SEEDS)} seeds"
+    title = f"{STEPS} steps, {of_seeds(records)}"
     with chart(out / "positions.png", title, "test top-1 (%)", "") as axes:
         draw_bars(axes, spreads(records, lambda r: str(r.labels["kind"]), top1))
 

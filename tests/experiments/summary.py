@@ -67,6 +67,12 @@ def cells(found: Mapping[K, Spread], keys: Iterable[K]) -> list[str]:
     return [found[key].percent() if key in found else "–" for key in keys]
 
 
+def of_seeds(records: Iterable[Record]) -> str:
+    """What points and bars of a plot are."""
+    count = len({record.labels["seed"] for record in records})
+    return "one seed" if count == 1 else f"mean and deviation of {count} seeds"
+
+
 def top1(record: Record) -> float:
     """Accuracy on all test images at the end of training."""
     return record.last("eval/top1")
