@@ -43,7 +43,7 @@ def pretraining(
             "augment": {"crop": "resize", "flip": True},
         },
         "optim": {"name": "adamw", "lr": lr, "weight_decay": 0.05, "clip_grad_norm": 1.0},
-        "schedule": {"total_steps": steps, "warmup_steps": WARMUP, "decay": "constant"},
+        "schedule": {"total_steps": steps, "warmup_steps": min(WARMUP, steps), "decay": "constant"},
         "train": {
             "global_batch_size": BATCH,
             "precision": "fp32",
