@@ -22,7 +22,7 @@ export default {
         <tr v-for="row in rows" :key="row.id" :data-row="row.id">
           <td v-if="selectable" class="pick">
             <input type="checkbox" :checked="picked.includes(row.id)" @change="pick(row.id, $event.target.checked)"
-              :aria-label="'Select ' + row.name" />
+              :aria-label="'Select ' + (row.name.text ?? row.name)" />
           </td>
           <td v-for="(c, i) in columns" :key="c.key" :data-label="c.label"
             :class="{ end: c.end, first: i === 0, none: isEmpty(row[c.key]) }">
