@@ -24,9 +24,11 @@ _TRAINING = ("pretrain", "finetune")
 def fork_request(old: JobRow, wanted: JobFork) -> Request:
     """What the user of `old` sent, with the changes of the fork laid over it."""
     spec = {**old.submitted.get("spec", {})}
+    overrides = {**old.submitted.get("overrides", {})}
     if wanted.name is not None:
         spec["name"] = wanted.name
-    overrides = {**old.submitted.get("overrides", {})}
+        # The old name may stand there, and would be laid over the new one.
+        overrides.pop("name", None)
     if wanted.checkpoint is not None and old.kind in _TRAINING:
         # "auto" would choose another one for another number of workers, and that is part of what is learned.
         overrides["train.micro_batch_size"] = json.loads(old.spec_json)["train"]["micro_batch_size"]

@@ -13,7 +13,7 @@ from orchestrator.services.compare import differences
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import CheckpointRow, ClusterRow, JobRow, MetricRow
 from tests.orchestrator.conftest import headers_for
-from tests.orchestrator.rows import T0, add_attempt, add_checkpoint, move, submit
+from tests.orchestrator.rows import T0, add_attempt, add_checkpoint, move, spec_with, submit
 
 
 # -- edits -------------------------------------------------------------------------------------------------------------
@@ -116,6 +116,12 @@ def test_a_checkpoint_that_is_not_there_is_named(api: TestClient, wanted: str) -
     answer = api.post(f"/v1/jobs/{submit(api)['id']}/fork", json={"checkpoint": wanted})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["value"] == wanted
+
+
+def test_a_fork_has_its_own_name_where_the_old_one_was_an_override(api: TestClient) -> None:
+    first = api.post("/v1/jobs", json={"spec": spec_with(), "overrides": {"name": "by the form"}}).json()
+    made = api.post(f"/v1/jobs/{first['id']}/fork", json={"name": "its own"}).json()
+    assert (first["name"], made["name"]) == ("by the form", "its own")
 
 
 def test_a_fork_does_not_take_the_checkpoint_of_another_job(api: TestClient, db: Database) -> None:
