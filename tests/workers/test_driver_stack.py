@@ -28,7 +28,7 @@ def standin(cluster: Cluster, cpus_per_worker: int = 1, **plan: Any) -> tuple[At
     """A submitted attempt of the stand-in: `steps` of `step_s` seconds on two ranks."""
     resources = {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": cpus_per_worker}
     attempt = cluster.write_attempt(
-        {"standin": plan, "resources": resources, "schedule": {"total_steps": plan["steps"]}}, 2
+        {"kind": "pretrain", "standin": plan, "resources": resources, "schedule": {"total_steps": plan["steps"]}}, 2
     )
     cluster.submit(attempt.attempt_id, STANDIN)
     return attempt, cluster.control_plane.attempt(attempt.attempt_id)
