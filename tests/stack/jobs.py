@@ -14,7 +14,7 @@ from orchestrator.client import Client
 from orchestrator.schemas import AttemptPublic, JobPublic
 
 T = TypeVar("T")
-DEADLINE_S = 150.0
+DEADLINE_S = 240.0
 
 
 def fashion_mnist_folder() -> Path:
