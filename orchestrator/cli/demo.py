@@ -284,7 +284,7 @@ def _print_result(
     lines.append(
         ("API", f"{url} ({'running; stop: patchwork down --data-dir ' + str(directory.path) if stay else 'stopped'})")
     )
-    look = "log in with the token of `patchwork up`" if stay else "`make demo STAY=1` leaves it running"
+    look = f"log in with the token in {directory.client_file}" if stay else "`make demo STAY=1` leaves it running"
     lines.append(("dashboard", f"{url}/dashboard ({look})"))
     for label, value in lines:
         out.print(f"{label:<28}{value}", markup=False)
