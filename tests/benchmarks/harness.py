@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,3 +195,22 @@ def _cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def run_programs(package: str, what: str, known: Sequence[str], words: Sequence[str]) -> int:
+    """Run those of a package's programs that `words` names (none: all), one after the other, each in a process of its
+    own with the options after "--". Returns the exit status: 1 if one failed, 2 if a name is none of them."""
+    split = words.index("--") if "--" in words else len(words)
+    names, options = words[:split], words[split + 1 :]
+    for name in names:
+        if name not in known:
+            print(f"{what} {name!r}, must be one of {', '.join(known)}", file=sys.stderr)
+            return 2
+    failed = []
+    for name in names or known:
+        progress(f"{name} begins")
+        if subprocess.run([sys.executable, "-m", f"{package}.{name}", *options], check=False).returncode:
+            failed.append(name)
+    if failed:
+        progress(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0

@@ -7,11 +7,10 @@ Exits with 1 if one of them failed.
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.benchmarks.harness import progress
+from tests.benchmarks.harness import run_programs
 from tests.experiments.experiment import Experiment
 
 
@@ -29,21 +28,7 @@ def load(name: str) -> Experiment:
 
 
 def main(words: list[str]) -> int:
-    split = words.index("--") if "--" in words else len(words)
-    names, options = words[:split], words[split + 1 :]
-    known = programs()
-    for name in names:
-        if name not in known:
-            print(f"experiment {name!r}, must be one of {', '.join(known)}", file=sys.stderr)
-            return 2
-    failed = []
-    for name in names or known:
-        progress(f"{name} begins")
-        if subprocess.run([sys.executable, "-m", f"tests.experiments.{name}", *options], check=False).returncode:
-            failed.append(name)
-    if failed:
-        progress(f"failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    return run_programs("tests.experiments", "experiment", programs(), words)
 
 
 if __name__ == "__main__":
