@@ -59,15 +59,13 @@ def main(argv: list[str]) -> int:
     def pillow(number: int) -> object:
         return Image.open(BytesIO(files[number % NUM_FILES])).convert("RGB")
 
-    contenders = {
-        "decode and Inception crop": lambda: milliseconds(ours),
-        "Pillow's decoder": lambda: milliseconds(pillow),
-    }
+    first, second = "decode and Inception crop", "Pillow's decoder"
+    contenders = {first: lambda: milliseconds(ours), second: lambda: milliseconds(pillow)}
     values = interleave(contenders, given.repetitions)
-    first, second = contenders
     rows = [Row(first, "CPU ms", values[first], second), Row(second, "CPU ms", values[second])]
     notes = {"bytes": sum(map(len, files)) / NUM_FILES, "assumed_ms": 1000 / DECODED_PER_CORE["decode"]}
-    title = f"One JPEG of {WIDTH} x {HEIGHT} pixels, {notes['bytes'] / 1000:.0f} KB; plans assume {notes['assumed_ms']:.1f} ms"
+    size = f"{WIDTH} x {HEIGHT} pixels, {notes['bytes'] / 1000:.0f} KB"
+    title = f"One JPEG of {size}; plans assume {notes['assumed_ms']:.1f} ms"
     report("decode", title, rows, given.out, notes)
     return 0
 
