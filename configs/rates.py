@@ -20,8 +20,8 @@ RECOMPUTED = 4 / 3
 """Work with activation checkpointing, of that without: each block's forward is done again."""
 DECODED_PER_CORE = {"decode": 350.0, "read": 50_000.0}
 """Images per second and core, measured on one core of an AMD EPYC server: a JPEG of 500 x 375 pixels and 77 KB decoded
-and cropped (Inception) to 224 takes 2.7 ms (tests/benchmarks/decode.py); images that lie uncompressed in one file (MNIST's format,
-CIFAR) take 18 us. RandAugment and its like are not in it."""
+and cropped (Inception) to 224 takes 2.7 ms (tests/benchmarks/decode.py); images that lie uncompressed in one file
+(MNIST's format, CIFAR) take 18 us. RandAugment and its like are not in it."""
 GPUS_PER_NODE = 8
 NETWORK_GB_PER_S = 50.0
 """Per GPU between nodes: one 400 Gb/s adapter each, as in the vendors' servers of 8 GPUs."""
