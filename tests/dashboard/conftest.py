@@ -40,9 +40,12 @@ BROWSER_ARGUMENTS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Chromium. Its absence is a failure with what to do about it."""
+    """Chromium. Its absence is a failure with what to do about it.
+
+    It ends with this folder's tests: Playwright keeps an event loop running in this thread, and later tests run theirs.
+    """
     path = shutil.which("chromium")
     if path is None:
         pytest.fail("chromium is missing, the dashboard's tests drive it: apt-get install chromium (as .ci/run does)")
