@@ -13,7 +13,7 @@ from configs.cost import GPUS, Gpu, macs_per_image, num_parameters
 from configs.errors import SpecError, close_matches
 from configs.planned import CheapestPlan, Plan, StagePlan
 from configs.resolve import SourceCheckpoint, num_eval_examples, resolve
-from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, JobSpec, SearchJob
+from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, JobSpec, SearchJob, TrainingJob
 from configs.training_plan import TrainingPlanner
 from configs.wire import DatasetCard
 
@@ -26,6 +26,7 @@ def plan(
     gpu: str | None = None,
     source: SourceCheckpoint | None = None,
     calibration: Calibration | None = None,
+    resolved: JobSpec | None = None,
 ) -> Plan:
     """The plan of a job, resolved or not.
 
@@ -34,6 +35,7 @@ def plan(
         gpu: "H100" or "H100:8" to plan for those instead of what the job asks for.
         source: the checkpoint of `init_from`, if it is known.
         calibration: what finished jobs measured; it takes the place of assumptions.
+        resolved: what `spec` resolves to, if that is known already.
 
     Raises:
         SpecError: the job does not resolve, the GPU is unknown, or the batch cannot be divided among so many.
@@ -45,13 +47,16 @@ def plan(
     if isinstance(spec, SearchJob):
         message = "kind search: plan its base, which is what a trial takes; POST /v1/plans does so"
         raise SpecError.at("/kind", message, "search", "pretrain, finetune, evaluate, export")
-    if isinstance(spec, EvaluateJob):
-        return _plan_evaluation(resolve(spec, card, source), card, source)
-    if isinstance(spec, InspectJob):
-        return _plan_inspection(resolve(spec, card, source), source)
+    complete = resolve(spec, card, source) if resolved is None else resolved
+    if isinstance(complete, EvaluateJob):
+        return _plan_evaluation(complete, card, source)
+    if isinstance(complete, InspectJob):
+        return _plan_inspection(complete, source)
     assert card is not None
+    assert isinstance(spec, TrainingJob)
+    assert isinstance(complete, TrainingJob)
     device, world_size = _parse_gpu(gpu)
-    return TrainingPlanner(spec, resolve(spec, card, source), card, device, world_size, calibration).plan()
+    return TrainingPlanner(spec, complete, card, device, world_size, calibration).plan()
 
 
 def _parse_gpu(gpu: str | None) -> tuple[Gpu | None, int | None]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, bindparam, func, or_, select
+from sqlalchemy import and_, bindparam, func, literal_column, or_, select
 from sqlalchemy.orm import Session
 
 from configs.states import Desired, JobState
@@ -43,10 +43,11 @@ _QUEUE = select(
 _CLUSTER = select(ClusterRow.seen_at, ClusterRow.reachable)
 _PRIORITY = bindparam("priority", type_=JobRow.priority.type)
 _CREATED_AT = bindparam("created_at", type_=JobRow.created_at.type)
+# Literals, not bound values, so that the databases know that the index ix_jobs_waiting holds all that is counted.
 _BEFORE = select(func.count()).where(
-    JobRow.state == JobState.QUEUED,
+    JobRow.state == literal_column(f"'{JobState.QUEUED}'"),
     JobRow.start_workers.is_(None),
-    JobRow.desired == Desired.RUN,
+    JobRow.desired == literal_column(f"'{Desired.RUN}'"),
     JobRow.search_id.is_(None),
     or_(JobRow.priority > _PRIORITY, and_(JobRow.priority == _PRIORITY, JobRow.created_at < _CREATED_AT)),
 )

@@ -241,7 +241,8 @@ def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:
     if isinstance(spec, SearchJob):
         return _prepare_search(session, spec, hold=hold)
     spec, card, source, init_from = _look_up(session, spec, for_plan=False, hold=hold)
-    return Prepared(resolve(spec, card, source), card, init_from, plan(spec, card, None, source))
+    resolved = resolve(spec, card, source)
+    return Prepared(resolved, card, init_from, plan(spec, card, None, source, resolved=resolved))
 
 
 def _prepare_search(session: Session, search: SearchJob, *, hold: bool) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from pydantic_core import from_json, to_json
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, TimeoutError
@@ -28,6 +30,7 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+        self._writing = threading.RLock()
 
     @property
     def is_sqlite(self) -> bool:
@@ -40,8 +43,19 @@ class Database:
         On SQLite it holds the write lock from its first statement (BEGIN IMMEDIATE), so that a transaction which reads
         before it writes never fails half-way with SQLITE_BUSY_SNAPSHOT.
         """
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with self._turn(), Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """On SQLite, this process's writers one after the other: one that meets SQLite's own lock sleeps up to 100 ms
+        between its tries, while nobody writes. One that has waited as long as SQLite would lets SQLite decide."""
+        waited = self.is_sqlite and self._writing.acquire(timeout=SQLITE_BUSY_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            if waited:
+                self._writing.release()
 
     @contextmanager
     def reader(self) -> Iterator[Session]:
@@ -117,8 +131,12 @@ _UNAVAILABLE = (
 )
 
 
+# Columns of JSON, by pydantic's writer and reader: several times as fast as the standard library's.
+_JSON: dict[str, Any] = {"json_serializer": lambda value: to_json(value).decode(), "json_deserializer": from_json}
+
+
 def _sqlite_engine(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, **_JSON)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
@@ -148,4 +166,5 @@ def _postgresql_engine(url: str) -> Engine:
         max_overflow=20,
         pool_timeout=10,
         connect_args={"connect_timeout": 5, "options": "-c timezone=UTC -c lock_timeout=20000"},
+        **_JSON,
     )

@@ -25,6 +25,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -64,6 +65,9 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012
+
+
+_WAITING = text("state = 'QUEUED' AND start_workers IS NULL AND desired = 'run' AND search_id IS NULL")
 
 
 class JobRow(Base):
@@ -129,6 +133,7 @@ class JobRow(Base):
     __table_args__ = (
         Index("ix_jobs_state_priority", "state", "priority", "created_at"),
         Index("ix_jobs_created", "created_at", "id"),
+        Index("ix_jobs_waiting", "priority", "created_at", sqlite_where=_WAITING, postgresql_where=_WAITING),
     )
 
 
