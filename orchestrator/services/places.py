@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, bindparam, func, literal_column, or_, select
+from sqlalchemy import bindparam, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from configs.states import Desired, JobState
@@ -43,13 +43,17 @@ _QUEUE = select(
 _CLUSTER = select(ClusterRow.seen_at, ClusterRow.reachable)
 _PRIORITY = bindparam("priority", type_=JobRow.priority.type)
 _CREATED_AT = bindparam("created_at", type_=JobRow.created_at.type)
-# Literals, not bound values, so that the databases know that the index ix_jobs_waiting holds all that is counted.
-_BEFORE = select(func.count()).where(
+# Those of the same priority are counted in the index ix_jobs_waiting alone, however wide the rows are: that it holds
+# all of them the databases know from literals, not from bound values.
+_WAITING = select(func.count()).where(
     JobRow.state == literal_column(f"'{JobState.QUEUED}'"),
     JobRow.start_workers.is_(None),
     JobRow.desired == literal_column(f"'{Desired.RUN}'"),
     JobRow.search_id.is_(None),
-    or_(JobRow.priority > _PRIORITY, and_(JobRow.priority == _PRIORITY, JobRow.created_at < _CREATED_AT)),
+)
+_BEFORE = select(
+    _WAITING.where(JobRow.priority > _PRIORITY).scalar_subquery()
+    + _WAITING.where(JobRow.priority == _PRIORITY, JobRow.created_at < _CREATED_AT).scalar_subquery()
 )
 
 

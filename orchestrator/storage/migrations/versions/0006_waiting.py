@@ -17,7 +17,7 @@ depends_on = None
 
 def upgrade() -> None:
     waiting = sa.text("state = 'QUEUED' AND start_workers IS NULL AND desired = 'run' AND search_id IS NULL")
-    columns = ["priority", "created_at"]
+    columns = ["priority", "created_at", "state", "start_workers", "desired", "search_id"]
     op.create_index("ix_jobs_waiting", "jobs", columns, sqlite_where=waiting, postgresql_where=waiting)
 
 
