@@ -49,6 +49,7 @@ def test_the_presets_of_the_paper_are_all_there() -> None:
     pretrain |= {"jft300m-r50x1-sgd", "jft300m-r152x2-sgd"}
     pretrain |= {f"imagenet21k-{m}" for m in ("b16", "b32", "l16-30ep", "l16-90ep", "l32-30ep", "l32-90ep")}
     pretrain |= {f"imagenet-{m}" for m in ("b16", "b32", "l16", "l32")}
+    pretrain |= {"jft300m-masked-b16", "imagenet-masked-b16"}
     sets = ("imagenet", "cifar10", "cifar100", "pets", "flowers")
     finetune = {f"{s}-{m}" for s in sets for m in ("b16", "b32", "l16", "l32", "h14", "r50x1", "r152x2")}
     finetune |= {"imagenet-l16-512", "imagenet-h14-518"}
@@ -99,6 +100,8 @@ def test_the_heads_bias_starts_low_where_the_loss_is_sigmoid(preset: PresetInfo)
     spec = parsed(preset)
     large = ("paper/pretrain/jft300m-", "paper/pretrain/imagenet21k-", "augreg/imagenet21k-")
     start = -10.0 if preset.name.startswith(large) else -6.9 if preset.name.startswith("augreg/imagenet-") else 0.0
+    if spec.train.objective == "masked_patch":
+        start = 0.0
     assert spec.model.head_bias_init == start
     assert (spec.train.loss == "sigmoid") == (start != 0.0)
 
@@ -163,6 +166,19 @@ def test_pretraining_follows_table_3(name: str) -> None:
     variant = parts[2] if parts[1] == "r50" else parts[1]
     sized = variant.upper().replace("X", "x") if "x" in variant else f"{variant[0].upper()}/{variant[1:]}"
     assert spec.model.variant == (f"R50+{sized}" if parts[1] == "r50" else sized)
+
+
+@pytest.mark.parametrize(("data", "steps"), [("jft300m", 1_000_000), ("imagenet", 100_000)])
+def test_masked_patch_prediction_follows_the_appendix(data: str, steps: int) -> None:
+    """B.1.2: "1M steps (ca. 14 epochs) with batch size 4096 on JFT. We use Adam, with a base learning rate of 2e-4,
+    warmup of 10k steps and cosine learning rate decay"; little is gained after 100k steps."""
+    preset = load_preset(f"paper/pretrain/{data}-masked-b16")
+    spec = parsed(preset)
+    assert (spec.train.objective, spec.model.variant, spec.model.image_size) == ("masked_patch", "B/16", 224)
+    assert (spec.schedule.total_steps, spec.schedule.warmup_steps, spec.schedule.decay) == (steps, 10_000, "cosine")
+    assert (spec.optim.name, spec.optim.lr, spec.train.global_batch_size) == ("adamw", 2e-4, 4096)
+    if data == "jft300m":
+        assert planned(preset).epochs == pytest.approx(14, abs=0.5)
 
 
 @pytest.mark.parametrize("variant", ["r50x1", "r152x2"])
