@@ -144,8 +144,9 @@ class _Download:
         self._client = client
         self._checkpoint_id = checkpoint_id
         self._file = file
-        self._addresses: dict[str, str] = {}
-        """Where the server sent us for a shard: good for many of its blocks."""
+        self._addresses: dict[str, str | None] = {}
+        """Where the server sends us for a shard, which is good for many of its blocks; None: it gives them itself."""
+        self._asking = threading.Lock()
         self._ranges = RangeReader(_TIMEOUT_S)
         self._num_threads = num_threads
         self._on_bytes = on_bytes
@@ -199,7 +200,7 @@ class _Download:
 
     def _read(self, block: _Block) -> memoryview:
         name = block.shard.name
-        address = self._addresses.get(name)
+        address = self._address(name)
         if address is not None and self._client.is_direct and is_direct(address):
             return self._read_directly(block, address)
         headers = {"Range": f"bytes={block.start}-{block.start + block.num_bytes - 1}", "Accept-Encoding": "identity"}
@@ -213,8 +214,6 @@ class _Download:
             if not response.is_success:
                 response.read()
                 check(response)
-            if response.history:
-                self._addresses[name] = str(response.url)
             data = bytearray()
             for chunk in response.iter_bytes():
                 data += chunk
@@ -222,6 +221,18 @@ class _Download:
                     # More than was asked for: a server that ignores Range would send the whole file.
                     break
         return memoryview(data)
+
+    def _address(self, name: str) -> str | None:
+        """Where a shard's bytes come from, asked for once and with one byte: all threads begin at the same time, and what
+        comes through a redirect comes slowly."""
+        with self._asking:
+            if name not in self._addresses:
+                one_byte = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+                with self._client.checkpoints.read(self._checkpoint_id, name, one_byte) as response:
+                    if not response.is_success:
+                        return None
+                    self._addresses[name] = str(response.url) if response.history else None
+            return self._addresses[name]
 
     def _read_directly(self, block: _Block, address: str) -> memoryview:
         status, data = self._ranges.read(address, block.start, block.num_bytes)
