@@ -223,11 +223,15 @@ class Reconciler:
             job = guarded(session, claim)
             attempt = _last(session, job)
             attempt.kill_reason = attempt.kill_reason or kill.reason
+            attempt_id, is_first = attempt.id, attempt.killed_at is None
             attempt.killed_at = now
-            data = {"reason": attempt.kill_reason}
-            message = f"Attempt {attempt.number} is stopped by force: {kill.message}"
-            record(session, job.id, "attempt.killed", message, RECONCILER, attempt=attempt.number, data=data, at=now)
-            attempt_id = attempt.id
+            if is_first:
+                data = {"reason": attempt.kill_reason}
+                text = f"Attempt {attempt.number} is stopped by force: {kill.message}"
+                record(session, job.id, "attempt.killed", text, RECONCILER, attempt=attempt.number, data=data, at=now)
+        if not is_first:
+            # Ray may take minutes to notice: no news for the job's history.
+            log.warning("A driver is stopped by force again.", attempt=attempt_id, why=kill.message)
         # After the row: if we die in between, the next controller sees `killed_at` and stops it again in a while.
         self._launcher.stop(attempt_id)
         return self._later(SOON_S)

@@ -490,6 +490,19 @@ def test_workers_that_never_start_are_given_up(world: World) -> None:
     assert world.job(job_id).state == JobState.RECOVERING
 
 
+def test_a_driver_that_does_not_end_is_stopped_again_and_again_and_told_of_once(world: World) -> None:
+    job_id = world.submit()
+    world.schedule()
+    world.look()
+    world.launcher.states[attempt_id(job_id, 1)] = LaunchState.PENDING
+    world.clock.advance(200)
+    for _ in range(3):
+        world.look(2)
+        world.clock.advance(21)
+    assert world.launcher.stopped == [attempt_id(job_id, 1)] * 3
+    assert world.events(job_id).count("attempt.killed") == 1
+
+
 # -- checkpoints ----------------------------------------------------------------------
 def test_checkpoints_are_registered_and_retained_while_it_runs(world: World) -> None:
     job_id = world.start()
