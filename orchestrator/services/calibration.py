@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from configs.calibration import Calibration, MeasuredRun
+from configs.cost import GPUS
 from configs.states import JobState
-from orchestrator.storage.tables import AttemptRow, JobRow
+from orchestrator.storage.tables import AttemptRow, ClusterRow, JobRow
 
 MAX_JOBS = 200
 """The newest say more of the cluster as it is now."""
@@ -30,16 +32,29 @@ def calibrate(session: Session) -> Calibration:
     attempts: dict[str, AttemptRow] = {}
     for attempt in session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(jobs)).order_by(AttemptRow.number)):
         attempts[attempt.job_id] = attempt
-    runs = [measured_run(job, attempts[job_id]) for job_id, job in jobs.items() if job_id in attempts]
+    gpus = gpus_of_nodes(session)
+    runs = [measured_run(job, attempts[job_id], gpus) for job_id, job in jobs.items() if job_id in attempts]
     return Calibration(run for run in runs if run is not None)
 
 
-def measured_run(job: JobRow, attempt: AttemptRow) -> MeasuredRun | None:
-    """What the job's last attempt measured; None if it was too short, or it is not known what it ran on."""
+def gpus_of_nodes(session: Session) -> dict[str, str]:
+    """Which GPU each node of the cluster has, by the node's name, as far as it has one that we know."""
+    clusters = session.scalars(select(ClusterRow))
+    nodes = [node for cluster in clusters for node in cluster.nodes if node.get("accelerator") in GPUS]
+    return {node["host"]: node["accelerator"] for node in nodes}
+
+
+def measured_run(job: JobRow, attempt: AttemptRow, gpus: Mapping[str, str]) -> MeasuredRun | None:
+    """What the job's last attempt measured; None if it was too short, or it is not known what it ran on.
+
+    Args:
+        gpus: of the cluster's nodes, for jobs that take any.
+    """
     spec, plan = json.loads(job.spec_json), job.plan
     resources = spec["resources"]
     on_gpu = resources["gpus_per_worker"] > 0
-    if on_gpu and resources["accelerator"] is None:
+    accelerator = (plan.get("accelerator") or _only_gpu(attempt, gpus)) if on_gpu else None
+    if on_gpu and accelerator is None:
         return None
     seconds, steps = 0.0, attempt.to_step - attempt.from_step - 1
     if attempt.first_step_at is not None and attempt.last_progress_at is not None:
@@ -50,7 +65,7 @@ def measured_run(job: JobRow, attempt: AttemptRow) -> MeasuredRun | None:
     peaks = [value for name, value in job.last_metrics.items() if name.startswith("perf/peak_memory_gib/") and value]
     return MeasuredRun(
         job_id=job.id,
-        accelerator=plan.get("accelerator") if on_gpu else None,
+        accelerator=accelerator,
         precision=spec["train"]["precision"],
         macs=plan["macs"],
         checkpointing=spec["train"]["activation_checkpointing"],
@@ -61,6 +76,12 @@ def measured_run(job: JobRow, attempt: AttemptRow) -> MeasuredRun | None:
         peak_gib=max(peaks, default=None),
         planned_gib=_planned_gib(plan, attempt.world_size) if on_gpu else None,
     )
+
+
+def _only_gpu(attempt: AttemptRow, gpus: Mapping[str, str]) -> str | None:
+    """What all of the attempt's nodes have; None if they differ or it is not known of one."""
+    found = {gpus.get(str(node)) for node in attempt.nodes}
+    return found.pop() if len(found) == 1 else None
 
 
 def _planned_gib(plan: dict[str, Any], world_size: int) -> float | None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from configs.ids import attempt_id
 from configs.states import AttemptState, JobState
 from orchestrator.services.calibration import calibrate
 from orchestrator.storage.db import Database
-from orchestrator.storage.tables import JobRow
+from orchestrator.storage.tables import AttemptRow, ClusterRow, JobRow
 from tests.orchestrator.rows import T0, add_attempt, move, spec_with, submit
 
 
@@ -71,6 +72,21 @@ def test_gpus_are_told_by_the_accelerator_that_the_job_asked_for(api: TestClient
     with db.reader() as session:
         (run,) = calibrate(session).runs
     assert (run.job_id, run.accelerator, run.peak_gib, run.planned_gib) == (job_id, "A100", 3.0, stage["total_gib"])
+
+
+def test_gpus_of_a_job_that_takes_any_are_told_by_its_nodes(api: TestClient, db: Database) -> None:
+    of_nodes = {"gpu-1": "H100", "gpu-2": "H100", "gpu-3": "A100", "cpu-1": None}
+    with db.session() as session:
+        nodes = [
+            {"id": f"id-{host}", "host": host, "alive": True, "accelerator": gpu} for host, gpu in of_nodes.items()
+        ]
+        session.add(ClusterRow(id=1, reachable=True, nodes=nodes, seen_at=T0))
+    for names in (["gpu-1", "gpu-2"], ["gpu-1", "gpu-3"], ["gpu-1", "gone"], ["cpu-1"], []):
+        job_id = finish(api, db, resources={"workers": 2, "gpus_per_worker": 1})
+        with db.session() as session:
+            session.get_one(AttemptRow, attempt_id(job_id, 1)).nodes = names
+    with db.reader() as session:
+        assert [run.accelerator for run in calibrate(session).runs] == ["H100"]
 
 
 def test_short_failed_and_unfinished_jobs_teach_nothing(api: TestClient, db: Database) -> None:
