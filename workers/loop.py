@@ -6,18 +6,16 @@ Between two steps lies a boundary, where all ranks do the same thing in the same
 2. evaluate, if it is time
 3. begin a checkpoint, if it is time
 
-and then one step: learning rate; for each micro-batch seed, mix, forward, loss, backward; update; report.
+and then one step: learning rate; forward and backward (`workers.step`); update; report.
 """
 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,20 +24,17 @@ from configs.reasons import ExitReason
 from configs.spec import TrainingJob
 from configs.states import Desired
 from configs.train import SpikeRollback
-from vit.losses import classification_loss
-from vit.masked import draw_corruption, masked_patch_loss, mean_colours
 from vit.schedule import learning_rate
 from workers.checkpoint import Checkpointer, Progress
 from workers.control import LEAVES_WITH, ControlWord
-from workers.data.loader import TrainLoader, normalise
-from workers.data.mix import apply_mixing, draw_mixing
+from workers.data.loader import TrainLoader
 from workers.distributed import Ranks
 from workers.ema import WeightAverage
-from workers.engine import Engine
+from workers.engine import Engine, Update
 from workers.outcome import RankOutcome
-from workers.randomness import seed_micro_step
 from workers.report import Reporter
 from workers.spike import describe_spike, is_spike, sound_step, watch_loss
+from workers.step import Accumulated, accumulate
 from workers.throughput import Throughput
 
 Evaluate = Callable[[Callable[[], bool]], dict[str, float] | None]
@@ -63,11 +58,8 @@ def train(
     `loader` begins at `start.step`. Every rank calls this with the same job and start, and leaves after the same step.
     The step is at a boundary the number of global batches consumed; a skipped one consumed its batch too.
     """
-    data, options, schedule, total_steps = spec.data, spec.train, spec.schedule, spec.schedule.total_steps
-    image_hw, num_classes = spec.model.image_hw, spec.model.num_classes
-    stride = spec.model.stride if options.objective == "masked_patch" else None
+    options, schedule, total_steps = spec.train, spec.schedule, spec.schedule.total_steps
     assert total_steps is not None, "epochs and examples are steps in a resolved job"
-    assert num_classes is not None, "classes are those of the data in a resolved job"
     control = ControlWord(ranks)
     progress = start
 
@@ -111,26 +103,7 @@ def train(
         lr = learning_rate(
             progress.step, spec.optim.lr, schedule.warmup_steps or 0, total_steps, schedule.decay, schedule.min_lr
         )
-        micro_batches = next(loader)
-        mixing = None if data.mix is None else draw_mixing(data.mix, image_hw, options.seed, progress.step)
-        loss, right = torch.zeros((), device=ranks.device), torch.zeros((), device=ranks.device)
-        samples_crc32 = 0
-        for a, batch in enumerate(micro_batches):
-            seed_micro_step(options.seed, progress.step, a * ranks.world_size + ranks.rank)
-            pixels = batch.images.to(ranks.device, non_blocking=True)
-            images = normalise(pixels, data.mean, data.std)
-            if stride is None:
-                labels = batch.labels.to(ranks.device, non_blocking=True)
-                targets = labels
-                if mixing is not None:
-                    images, targets = apply_mixing(mixing, images, labels, num_classes)
-                micro_loss = classification_loss(engine.forward(images), targets, options.loss, options.label_smoothing)
-            else:
-                micro_loss, micro_right = _predict_masked(engine, pixels, images, stride)
-                right += micro_right / len(micro_batches)
-            engine.backward(micro_loss)
-            loss += micro_loss.detach() / len(micro_batches)
-            samples_crc32 = zlib.crc32(batch.sample_ids.numpy().tobytes(), samples_crc32)
+        batch = accumulate(spec, engine, next(loader), ranks, progress.step)
         update = engine.step(lr)
         if average is not None and update.applied:
             average.update()
@@ -146,16 +119,7 @@ def train(
                 return _diverged(message, options.spike_rollback, checkpointer, reporter, ranks, progress)
 
         if progress.step % options.log_every_steps == 0 or progress.step in (start.step + 1, total_steps):
-            mean_loss = _mean_over_ranks(loss, ranks)
-            mean_right = None if stride is None else _mean_over_ranks(right, ranks)
-            if ranks.is_first:
-                reporter.metric("train/loss", progress.step, float(mean_loss))
-                if mean_right is not None:
-                    reporter.metric("train/top1", progress.step, float(mean_right))
-                reporter.metric("train/lr", progress.step, lr)
-                reporter.metric("train/grad_norm", progress.step, float(update.grad_norm))
-            # Which samples this rank trained on, as a number that two runs can be compared by.
-            reporter.metric(f"data/sample_ids_crc32/rank-{ranks.rank:05d}", progress.step, samples_crc32)
+            mean_loss = _report_step(reporter, ranks, progress.step, batch, update, lr)
             throughput.report(progress.step)
             if options.spike_rollback is not None and progress.step % options.log_every_steps == 0:
                 watch = watch_loss(progress.loss_watch, progress.step, float(mean_loss), options.spike_rollback)
@@ -166,13 +130,18 @@ def train(
                     return _diverged(message, options.spike_rollback, checkpointer, reporter, ranks, progress)
 
 
-def _predict_masked(engine: Engine, pixels: Tensor, images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy of masked patch prediction on a micro-batch, whose corruption is drawn from torch's generators,
-    as dropout is."""
-    colours = mean_colours(pixels, stride)
-    num_images, num_patches = colours.shape
-    corruption = draw_corruption(num_images, num_patches, images.device)
-    return masked_patch_loss(engine.forward(images, sources=corruption.sources), colours, corruption.chosen)
+def _report_step(reporter: Reporter, ranks: Ranks, step: int, batch: Accumulated, update: Update, lr: float) -> Tensor:
+    """Report a step; returns its loss, the mean over the ranks. Every rank calls this: the mean is taken together."""
+    mean_loss = _mean_over_ranks(batch.loss, ranks)
+    mean_right = None if batch.right is None else _mean_over_ranks(batch.right, ranks)
+    if ranks.is_first:
+        reporter.metric("train/loss", step, float(mean_loss))
+        if mean_right is not None:
+            reporter.metric("train/top1", step, float(mean_right))
+        reporter.metric("train/lr", step, lr)
+        reporter.metric("train/grad_norm", step, float(update.grad_norm))
+    reporter.metric(f"data/sample_ids_crc32/rank-{ranks.rank:05d}", step, batch.samples_crc32)
+    return mean_loss
 
 
 def _advance(progress: Progress, applied: bool) -> Progress:

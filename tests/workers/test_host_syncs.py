@@ -76,7 +76,7 @@ def test_the_step_waits_for_the_device_once(stage: int, extra: dict[str, Any], t
     ours = {site: number for site, number in sites.items() if site.startswith(("workers/", "vit/"))}
     del ours["vit/init.py:lecun_normal_"]  # while the model is built
     # The first and the last step are logged: their loss, and at stages 1 to 3 a norm that is still on the device.
-    expected = {"workers/loop.py:train": 2 if stage == 0 else 4}
+    expected = {"workers/loop.py:_report_step": 2 if stage == 0 else 4}
     if stage == 0:
         # Where DeepSpeed checks no norm, we do, once a step, to clip and to skip what is not finite.
         expected["workers/engine.py:_step_replicated"] = STEPS
