@@ -10,6 +10,7 @@ from typing import Any
 
 from nicegui import ui
 from nicegui.element import Element
+from nicegui.events import GenericEventArguments
 
 from orchestrator.dashboard.words import STATE_TONES, STATE_WORDS
 
@@ -201,10 +202,17 @@ class Control(Element, component="components/control.js"):
     def __init__(self, value: str, on_written: Callable[[str], Any], **props: Any) -> None:
         super().__init__()
         self.props.update({"initial": value, "wait": 350, **props})
-        self.on("written", lambda e: on_written(str(e.args)))
+        self._heard = 0
+
+        def written(event: GenericEventArguments) -> Any:
+            text, self._heard = str(event.args[0]), event.args[1]
+            return on_written(text)
+
+        self.on("written", written)
 
     def put(self, value: str) -> None:
-        self.run_method("put", value)
+        """Write into it, unless somebody has meanwhile."""
+        self.run_method("put", value, self._heard)
 
 
 class Field:

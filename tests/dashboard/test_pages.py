@@ -174,6 +174,24 @@ def test_a_job_is_submitted_from_a_preset_after_mending_what_is_wrong(admin: Vis
     assert b'"weight_decay":0.1' in row.spec_json
 
 
+def test_what_is_written_stays_while_a_preset_is_chosen(admin: Visitor) -> None:
+    page = admin.go("/submit")
+    name, rate = page.get_by_role("textbox", name="Name").first, page.get_by_label("Learning rate")
+    rate.fill("0.004")
+    # Faster than the preset's fields can come.
+    page.get_by_label("Preset").select_option("demo/fashion-mnist-pretrain")
+    name.fill("mine")
+    name.blur()
+    expect(page.get_by_text("Valid: it can be submitted.")).to_be_visible()
+    expect(page.get_by_label("Total epochs")).not_to_have_value("")
+    # Another kind has other fields; those it has too keep what was written.
+    page.get_by_label("Kind of job").select_option("finetune")
+    expect(page.get_by_label("Checkpoint to start from")).to_be_visible()
+    expect(page.get_by_label("Preset")).to_have_value("")
+    expect(name).to_have_value("mine")
+    expect(rate).to_have_value("0.004")
+
+
 def test_jobs_are_compared_by_curves_values_and_descriptions(admin: Visitor, server: Server) -> None:
     page = admin.go("/jobs?q=vit-")
     for name in ("vit-s16-imagenet", "vit-ti16-baseline"):

@@ -10,7 +10,7 @@ export default {
   props: { initial: String, lines: Number, options: Array, wait: Number },
   emits: ["written"],
   data() {
-    return { text: this.initial, said: this.initial, timer: null };
+    return { text: this.initial, said: this.initial, times: 0, timer: null };
   },
   methods: {
     later() {
@@ -21,10 +21,11 @@ export default {
       clearTimeout(this.timer);
       if (this.text === this.said) return;
       this.said = this.text;
-      this.$emit("written", this.text);
+      this.$emit("written", this.text, ++this.times);
     },
-    put(text) {
-      clearTimeout(this.timer);
+    // What is being written, or was written and is not heard of yet, is not written over.
+    put(text, heard) {
+      if (this.text !== this.said || heard !== this.times) return;
       this.text = this.said = text;
     },
   },
