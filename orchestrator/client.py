@@ -22,6 +22,7 @@ from configs.wire import EvaluationReport, LogLine, Manifest
 from orchestrator.connection import ApiError, Connection, PatchworkError, StreamEnded, Unreachable, check, parse
 from orchestrator.embedded.data_dir import DataDir, default_data_dir
 from orchestrator.schemas import (
+    CheckpointEdit,
     CheckpointPage,
     CheckpointPublic,
     ClusterPublic,
@@ -325,6 +326,11 @@ class Checkpoints:
 
     def get(self, checkpoint_id: str) -> CheckpointPublic:
         return self._connection.get(CheckpointPublic, f"/v1/checkpoints/{checkpoint_id}")
+
+    def pin(self, checkpoint_id: str, pinned: bool = True) -> CheckpointPublic:
+        """Keep a checkpoint whatever the job's retention says; with False let go of it."""
+        path, body = f"/v1/checkpoints/{checkpoint_id}", CheckpointEdit(pinned=pinned).model_dump()
+        return parse(CheckpointPublic, self._connection.request("PATCH", path, json=body, retry=True))
 
     def manifest(self, checkpoint_id: str) -> Manifest:
         return self._connection.get(Manifest, f"/v1/checkpoints/{checkpoint_id}/manifest")

@@ -298,6 +298,12 @@ class CheckpointPublic(Stored):
     created_at: AwareDatetime
 
 
+class CheckpointEdit(Strict):
+    """What to change of a checkpoint."""
+
+    pinned: bool = Field(description="Whether it is kept, whatever the job's checkpoint.keep_last and keep_best say.")
+
+
 class CheckpointPage(Stored):
     items: tuple[CheckpointPublic, ...]
 

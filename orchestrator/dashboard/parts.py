@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from nicegui import ui
@@ -270,6 +270,15 @@ def text_field(
     """A line to write in, or with `rows` a field of several; `on_change` hears of it when the writer pauses."""
     props = {"placeholder": placeholder} | ({"lines": rows} if rows else {})
     return Field(label, value, on_change, help, classes, props)
+
+
+def moment_field(label: str, on_change: Callable[[datetime | None], Any]) -> Field:
+    """A date and a time of day, UTC; `on_change` hears None while it is not given in full."""
+
+    def changed(text: str) -> Any:
+        return on_change(datetime.fromisoformat(text).replace(tzinfo=UTC) if text else None)
+
+    return Field(label, "", changed, "", "", {"moment": True})
 
 
 def choice(

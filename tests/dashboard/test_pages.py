@@ -17,7 +17,7 @@ from sqlalchemy import insert, select
 from configs.states import Desired, JobState
 from orchestrator.services.tokens import list_tokens, revoke_token
 from orchestrator.storage.db import Database
-from orchestrator.storage.tables import AttemptRow, JobRow, MetricRow
+from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow, MetricRow
 from tests.dashboard.conftest import ADMIN, Server, Visitor, serving, visiting
 from tests.dashboard.filled import add_curves, add_job, add_many
 
@@ -373,3 +373,35 @@ def test_nothing_is_loaded_from_another_host(browser: Browser, server: Server) -
         until("a chart", lambda: points(visitor.page, "Loss") > 0)
         assert asked
         assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+def test_checkpoints_are_pinned_and_exported_from_the_page(admin: Visitor, server: Server) -> None:
+    page = admin.go(f"/jobs/{server.ids['running']}?tab=checkpoints")
+    page.get_by_role("button", name="Pin the checkpoint of step 20").click()
+    page.get_by_role("button", name="Unpin the checkpoint of step 20").wait_for()
+    row = page.get_by_role("row").filter(has=page.get_by_role("button", name="Unpin"))
+    expect(row).to_contain_text("pinned")
+    with server.db.reader() as session:
+        pinned = session.scalars(select(CheckpointRow).where(CheckpointRow.pinned.is_(True))).one()
+    assert (pinned.job_id, pinned.step) == (server.ids["running"], 20)
+    row.get_by_role("button", name="Unpin").click()
+    expect(page.get_by_role("button", name="Unpin the checkpoint of step 20")).to_have_count(0)
+
+    for fmt in ("safetensors", "timm", "transformers", "torchvision", "npz"):
+        admin.go(f"/jobs/{server.ids['running']}?tab=checkpoints")
+        page.get_by_role("button", name="Export the checkpoint of step 20").click()
+        page.get_by_role("dialog").get_by_label("Format").select_option(fmt)
+        page.get_by_role("button", name="Export it").click()
+        page.get_by_role("heading", name=f"vit-s16-imagenet-{fmt}").wait_for()
+        assert page.url.partition("?")[0].startswith(f"{server.url}/dashboard/jobs/job_")
+        made = job(server.db, page.url.rpartition("/")[2].partition("?")[0])
+        assert (made.kind, made.init_from, made.submitted["spec"]["format"]) == ("export", pinned.id, fmt)
+
+
+def test_a_viewer_cannot_pin_or_export(browser: Browser, server: Server) -> None:
+    with visiting(browser, server.url) as visitor:
+        visitor.log_in(server.token("viewer"))
+        page = visitor.go(f"/jobs/{server.ids['running']}?tab=checkpoints")
+        expect(page.get_by_role("table", name="Checkpoints of the job")).to_contain_text("best, latest")
+        assert page.get_by_role("button", name=re.compile("Pin|Export")).count() == 0
+        assert visitor.errors == []

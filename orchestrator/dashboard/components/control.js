@@ -6,8 +6,9 @@ export default {
     <select v-else-if="options" v-model="text" @change="now">
       <option v-for="[value, label] in options" :key="value" :value="value">{{ label }}</option>
     </select>
+    <input v-else-if="moment" type="datetime-local" step="1" v-model="text" @input="later" @change="now" />
     <input v-else type="text" v-model="text" @input="later" @change="now" spellcheck="false" />`,
-  props: { initial: String, lines: Number, options: Array, wait: Number },
+  props: { initial: String, lines: Number, options: Array, moment: Boolean, wait: Number },
   emits: ["written"],
   data() {
     return { text: this.initial, said: this.initial, times: 0, timer: null };
