@@ -102,7 +102,7 @@ def _open_export(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
     box, body = parts.dialog("Export this checkpoint")
     with body:
         parts.tag("p", checkpoint_id, "mono wrap")
-        options = {name: _FORMAT_WORDS[name] for name in EXPORT_FORMATS}
+        options: dict[str, str] = {name: _FORMAT_WORDS[name] for name in EXPORT_FORMATS}
         wanted = parts.choice("Format", options, EXPORT_FORMATS[0], help="A job writes it; its page offers the files.")
 
         async def export() -> None:
