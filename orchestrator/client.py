@@ -42,6 +42,7 @@ from orchestrator.schemas import (
     JobPage,
     JobPreview,
     JobPublic,
+    LineagePublic,
     LogPage,
     MetricsPublic,
     OverviewPublic,
@@ -157,6 +158,10 @@ class Jobs:
         # Sent twice with an etag, the second try would find its own change.
         response = self._connection.request("PATCH", path, json=json, headers=headers, retry=if_match is None)
         return parse(JobPublic, response)
+
+    def lineage(self, job_id: str) -> LineagePublic:
+        """What the job came of and what came of it: retries, forks, weights."""
+        return self._connection.get(LineagePublic, f"/v1/jobs/{job_id}/lineage")
 
     def fork(
         self,

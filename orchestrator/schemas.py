@@ -553,6 +553,36 @@ class OverviewPublic(Stored):
     storage: StorageUse
 
 
+class LineageJob(Stored):
+    """A job among those that came of one another."""
+
+    id: str
+    name: str
+    kind: str
+    state: str
+    step: int
+    created_at: AwareDatetime
+
+
+class LineageLink(Stored):
+    """What one job took from another."""
+
+    source: str = Field(description="The job it was taken from.")
+    target: str = Field(description="The job that took it.")
+    how: Literal["retry", "fork", "weights"] = Field(
+        description="retry: the same again; fork: goes on from a checkpoint, optimizer too; weights: starts from them."
+    )
+    checkpoint: str | None = Field(description="Which one; null: none, or not resolved yet.")
+
+
+class LineagePublic(Stored):
+    """The jobs that a job came of and those that came of it, as far as that goes."""
+
+    jobs: tuple[LineageJob, ...] = Field(description="The oldest first.")
+    links: tuple[LineageLink, ...]
+    complete: bool = Field(description="False: there are more than are shown.")
+
+
 class ComparedJob(Stored):
     """A job among those compared. `index` is its place in every list of values."""
 

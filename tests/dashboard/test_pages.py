@@ -19,7 +19,8 @@ from orchestrator.services.tokens import list_tokens, revoke_token
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow, MetricRow
 from tests.dashboard.conftest import ADMIN, Server, Visitor, serving, visiting
-from tests.dashboard.filled import add_curves, add_job, add_many
+from tests.dashboard.filled import add_curves, add_job, add_many, add_search
+from tests.orchestrator.rows import add_checkpoint
 
 
 def until(what: str, probe: Callable[[], Any], deadline_s: float = 20.0) -> Any:
@@ -405,3 +406,33 @@ def test_a_viewer_cannot_pin_or_export(browser: Browser, server: Server) -> None
         expect(page.get_by_role("table", name="Checkpoints of the job")).to_contain_text("best, latest")
         assert page.get_by_role("button", name=re.compile("Pin|Export")).count() == 0
         assert visitor.errors == []
+
+
+def test_the_family_of_a_job_is_drawn_and_told(admin: Visitor, server: Server) -> None:
+    parent = add_job(server.db, "ancestor", JobState.SUCCEEDED, 900)
+    checkpoint = add_checkpoint(server.db, parent, 40)
+    middle = add_job(server.db, "descendant", JobState.SUCCEEDED, 800, resume_from=checkpoint)
+    add_job(server.db, "again", JobState.QUEUED, 700, retry_of=middle)
+    page = admin.go(f"/jobs/{middle}?tab=checkpoints")
+    told = page.get_by_role("list", name="Who came of whom").get_by_role("listitem")
+    expect(told).to_have_text(
+        [re.compile("descendant.*goes on from.*ancestor.*at step 40"), re.compile("again.*retry")]
+    )
+    chart = page.get_by_role("img", name="Chart: Jobs that came of one another")
+    until("its three jobs are drawn", lambda: chart.get_attribute("data-points") == "3")
+    told.get_by_role("link", name="ancestor").click()
+    expect(page.get_by_role("heading", name="ancestor")).to_be_visible()
+
+
+def test_a_search_shows_its_best_its_plots_and_its_trials(admin: Visitor, server: Server) -> None:
+    page = admin.go(f"/jobs/{add_search(server.db, 12)}")
+    table = page.get_by_role("table", name="Trials of the search")
+    expect(table.get_by_role("row")).to_have_count(13)
+    best = page.locator(".card").filter(has=page.get_by_role("heading", name="Best so far"))
+    expect(best).to_contain_text("optim.name=sgd")
+    for title, number in (("History", 12), ("Curves", 120), ("Parallel coordinates", 12)):
+        chart = page.get_by_role("img", name=f"Chart: {title}")
+        until(title, lambda chart=chart, number=number: chart.get_attribute("data-points") == str(number))
+    expect(page.get_by_role("img", name="Chart: Importances")).to_be_hidden()
+    best.get_by_role("link", name="Trial 7").click()
+    expect(page.get_by_role("heading", name="lr-7")).to_be_visible()

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, section, url
+from orchestrator.dashboard.pages import job_lineage
 from orchestrator.schemas import CheckpointEdit, CheckpointPage, CheckpointPublic, JobPublic
 from orchestrator.services.auth import Actor
 from orchestrator.services.checkpoints import EXPORT_FORMATS, edit_checkpoint, list_checkpoints
@@ -44,8 +45,7 @@ def draw(frame: Frame, job: JobPublic) -> Callable[[JobPublic], None]:
         _command(f"patchwork fetch {job.id}")
         parts.tag("p", "As files for timm and others:")
         _command(f"patchwork fetch {job.id} -o my-model && patchwork convert my-model my-model-timm --to timm")
-    with parts.card("Lineage"):
-        _draw_lineage(job)
+    job_lineage.draw(frame, job)
 
     def show(view: CheckpointPage) -> None:
         none(view)
@@ -133,25 +133,3 @@ def _command(text: str) -> None:
     with parts.row():
         parts.tag("code", text, "wrap grow")
         parts.copy_button(text, "Copy")
-
-
-def _draw_lineage(job: JobPublic) -> None:
-    origins = [
-        ("Starts from the weights of", job.init_from),
-        ("Goes on from", job.resume_from),
-        ("A retry of", job.retry_of),
-    ]
-    known = [(label, value) for label, value in origins if value]
-    if not known:
-        parts.tag("p", "It began with weights of its own.", "soft")
-    for label, value in known:
-        with parts.row("tight"):
-            parts.tag("span", label, "soft")
-            parts.link(value, url(f"/jobs/{job_of(value)}"), "mono wrap")
-
-
-def job_of(reference: str) -> str:
-    """The job of a checkpoint id, of job_…/best, or the job itself."""
-    if reference.startswith("ckpt_"):
-        return f"job_{reference.split('_')[1]}"
-    return reference.partition("/")[0]
