@@ -22,6 +22,7 @@ from configs.wire import EvaluationReport, LogLine, Manifest
 from orchestrator.connection import ApiError, Connection, PatchworkError, StreamEnded, Unreachable, check, parse
 from orchestrator.embedded.data_dir import DataDir, default_data_dir
 from orchestrator.schemas import (
+    CheckpointEdit,
     CheckpointPage,
     CheckpointPublic,
     ClusterPublic,
@@ -41,6 +42,7 @@ from orchestrator.schemas import (
     JobPage,
     JobPreview,
     JobPublic,
+    LineagePublic,
     LogPage,
     MetricsPublic,
     OverviewPublic,
@@ -156,6 +158,10 @@ class Jobs:
         # Sent twice with an etag, the second try would find its own change.
         response = self._connection.request("PATCH", path, json=json, headers=headers, retry=if_match is None)
         return parse(JobPublic, response)
+
+    def lineage(self, job_id: str) -> LineagePublic:
+        """What the job came of and what came of it: retries, forks, weights."""
+        return self._connection.get(LineagePublic, f"/v1/jobs/{job_id}/lineage")
 
     def fork(
         self,
@@ -325,6 +331,11 @@ class Checkpoints:
 
     def get(self, checkpoint_id: str) -> CheckpointPublic:
         return self._connection.get(CheckpointPublic, f"/v1/checkpoints/{checkpoint_id}")
+
+    def pin(self, checkpoint_id: str, pinned: bool = True) -> CheckpointPublic:
+        """Keep a checkpoint whatever the job's retention says; with False let go of it."""
+        path, body = f"/v1/checkpoints/{checkpoint_id}", CheckpointEdit(pinned=pinned).model_dump()
+        return parse(CheckpointPublic, self._connection.request("PATCH", path, json=body, retry=True))
 
     def manifest(self, checkpoint_id: str) -> Manifest:
         return self._connection.get(Manifest, f"/v1/checkpoints/{checkpoint_id}/manifest")

@@ -298,6 +298,12 @@ class CheckpointPublic(Stored):
     created_at: AwareDatetime
 
 
+class CheckpointEdit(Strict):
+    """What to change of a checkpoint."""
+
+    pinned: bool = Field(description="Whether it is kept, whatever the job's checkpoint.keep_last and keep_best say.")
+
+
 class CheckpointPage(Stored):
     items: tuple[CheckpointPublic, ...]
 
@@ -545,6 +551,36 @@ class OverviewPublic(Stored):
     queued: tuple[JobPublic, ...] = Field(description="Those that wait, in the order in which they will start.")
     failed: tuple[JobPublic, ...] = Field(description="Of the last seven days, the newest first.")
     storage: StorageUse
+
+
+class LineageJob(Stored):
+    """A job among those that came of one another."""
+
+    id: str
+    name: str
+    kind: str
+    state: str
+    step: int
+    created_at: AwareDatetime
+
+
+class LineageLink(Stored):
+    """What one job took from another."""
+
+    source: str = Field(description="The job it was taken from.")
+    target: str = Field(description="The job that took it.")
+    how: Literal["retry", "fork", "weights"] = Field(
+        description="retry: the same again; fork: goes on from a checkpoint, optimizer too; weights: starts from them."
+    )
+    checkpoint: str | None = Field(description="Which one; null: none, or not resolved yet.")
+
+
+class LineagePublic(Stored):
+    """The jobs that a job came of and those that came of it, as far as that goes."""
+
+    jobs: tuple[LineageJob, ...] = Field(description="The oldest first.")
+    links: tuple[LineageLink, ...]
+    complete: bool = Field(description="False: there are more than are shown.")
 
 
 class ComparedJob(Stored):

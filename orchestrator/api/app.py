@@ -34,6 +34,7 @@ from orchestrator.api.middleware import BodyLimit, RequestLog
 from orchestrator.dashboard.access import PATH as DASHBOARD
 from orchestrator.dashboard.mount import Dashboard
 from orchestrator.schemas import (
+    CheckpointEdit,
     DatasetCreate,
     ImportCreate,
     JobCreate,
@@ -77,6 +78,7 @@ _MODULES = (
 _REFERENCED: tuple[type[BaseModel], ...] = (
     Problem,
     JobCreate,
+    CheckpointEdit,
     JobEdit,
     JobFork,
     PlanCreate,

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path
+from fastapi import APIRouter, Depends, Header, Path
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from configs.wire import EvaluationReport, Manifest
-from orchestrator.api.deps import CheckpointId, JobId, Services, ServicesDep, Viewer
-from orchestrator.schemas import CheckpointPage, CheckpointPublic, ExportPage
+from orchestrator.api.deps import (
+    CheckpointId,
+    JobId,
+    Member,
+    Services,
+    ServicesDep,
+    Viewer,
+    body_schema,
+    json_body,
+)
+from orchestrator.api.examples import PIN
+from orchestrator.schemas import CheckpointEdit, CheckpointPage, CheckpointPublic, ExportPage
 from orchestrator.services import checkpoints
 from orchestrator.services.checkpoints import StoredFile
 from orchestrator.services.problems import declares
@@ -38,6 +48,22 @@ def list_checkpoints(services: ServicesDep, _: Viewer, job_id: JobId) -> Checkpo
 def get_checkpoint(services: ServicesDep, _: Viewer, checkpoint_id: CheckpointId) -> CheckpointPublic:
     """One checkpoint."""
     return checkpoints.get_checkpoint(services.db, checkpoint_id)
+
+
+@router.patch(
+    "/checkpoints/{checkpoint_id}",
+    operation_id="edit_checkpoint",
+    openapi_extra=body_schema(CheckpointEdit, examples={"keep it": PIN}),
+    responses=declares(401, 403, 404, 409, 413, 422, 503),
+)
+def edit_checkpoint(
+    services: ServicesDep,
+    actor: Member,
+    checkpoint_id: CheckpointId,
+    wanted: Annotated[CheckpointEdit, Depends(json_body(CheckpointEdit))],
+) -> CheckpointPublic:
+    """Pin a checkpoint, so that it is kept, or let go of it."""
+    return checkpoints.edit_checkpoint(services.db, actor, checkpoint_id, wanted)
 
 
 @router.get("/checkpoints/{checkpoint_id}/manifest", operation_id="get_manifest", responses=declares(401, 404, 503))

@@ -64,6 +64,7 @@ INSPECT: dict[str, Any] = {
 }
 
 EDIT: dict[str, Any] = {"priority": 90, "labels": {"team": "vision", "paper": "yes"}}
+PIN: dict[str, Any] = {"pinned": True}
 FORK: dict[str, Any] = {"checkpoint": "latest", "overrides": {"resources.workers": 1}, "name": "narrower"}
 DATASET: dict[str, Any] = {"name": "flowers", "path": "flowers"}
 TOKEN: dict[str, Any] = {"name": "ci", "role": "member", "expires_in_s": 2592000}

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from orchestrator.api.deps import PrintableText, ServicesDep, Viewer
-from orchestrator.schemas import ComparisonPublic, OverviewPublic
-from orchestrator.services import compare, overview
+from orchestrator.api.deps import JobId, PrintableText, ServicesDep, Viewer
+from orchestrator.schemas import ComparisonPublic, LineagePublic, OverviewPublic
+from orchestrator.services import compare, lineage, overview
 from orchestrator.services.problems import declares
 
 router = APIRouter(prefix="/v1", tags=["views"])
@@ -18,6 +18,12 @@ router = APIRouter(prefix="/v1", tags=["views"])
 def get_overview(services: ServicesDep, _: Viewer) -> OverviewPublic:
     """The cluster, what runs on it, who waits, what failed lately, and what is kept."""
     return overview.read_overview(services.db)
+
+
+@router.get("/jobs/{job_id}/lineage", operation_id="get_lineage", responses=declares(401, 404, 503))
+def get_lineage(services: ServicesDep, _: Viewer, job_id: JobId) -> LineagePublic:
+    """What the job came of and what came of it: retries, forks, weights; at most a hundred jobs."""
+    return lineage.read_lineage(services.db, job_id)
 
 
 @router.get("/compare", operation_id="compare_jobs", responses=declares(401, 404, 422, 503))

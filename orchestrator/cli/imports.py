@@ -18,7 +18,8 @@ from orchestrator.cli.options import Json, Token, Url, client_for, find_job, par
 from orchestrator.client import Client, PatchworkError
 from orchestrator.schemas import CheckpointPublic, JobPublic
 
-checkpoints_app = typer.Typer(help="Checkpoints: list a job's, show one.", no_args_is_help=True)
+checkpoints_app = typer.Typer(help="Checkpoints: list a job's, show, pin and unpin one.", no_args_is_help=True)
+_Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_…, job_…/best, job_…/latest, or a job.")]
 _HELP = "What the file does not say, such as --set model.num_heads=6 or --set preprocess.mean=[0.485,0.456,0.406]."
 
 
@@ -136,19 +137,18 @@ def list_checkpoints(
     if as_json:
         output.print_json(found)
         return
-    rows = [
-        (c.id, f"{c.step:,}", output.num_bytes(c.num_bytes), ", ".join(c.aliases) if c.available else "deleted")
-        for c in found
-    ]
+    rows = [(c.id, f"{c.step:,}", output.num_bytes(c.num_bytes), _also(c)) for c in found]
     output.console().print(output.table(("CHECKPOINT", "STEP>", "SIZE>", "ALSO"), rows) if rows else "No checkpoints.")
+
+
+def _also(found: CheckpointPublic) -> str:
+    return ", ".join([*found.aliases, *(["pinned"] if found.pinned else [])]) if found.available else "deleted"
 
 
 @checkpoints_app.command("show")
 def show_checkpoint(
     ctx: typer.Context,
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="ckpt_…, job_…/best, job_…/latest, or a job.")
-    ],
+    checkpoint: _Checkpoint,
     as_json: Json = False,
     url: Url = None,
     token: Token = None,
@@ -160,6 +160,37 @@ def show_checkpoint(
         output.print_json(found)
     else:
         print_checkpoint(found)
+
+
+@checkpoints_app.command("pin")
+def pin_checkpoint(
+    ctx: typer.Context, checkpoint: _Checkpoint, as_json: Json = False, url: Url = None, token: Token = None
+) -> None:
+    """Keep a checkpoint, whatever the job's keep_last and keep_best say.
+
+    Examples:
+
+      patchwork checkpoints pin job_.../best
+    """
+    _pin(ctx, checkpoint, True, as_json, url, token)
+
+
+@checkpoints_app.command("unpin")
+def unpin_checkpoint(
+    ctx: typer.Context, checkpoint: _Checkpoint, as_json: Json = False, url: Url = None, token: Token = None
+) -> None:
+    """Let go of a pinned checkpoint: from then on the job's retention decides."""
+    _pin(ctx, checkpoint, False, as_json, url, token)
+
+
+def _pin(ctx: typer.Context, checkpoint: str, pinned: bool, as_json: bool, url: str | None, token: str | None) -> None:
+    with client_for(ctx, url, token) as client:
+        done = client.checkpoints.pin(client.checkpoints.find(checkpoint).id, pinned)
+    if as_json:
+        output.print_json(done)
+        return
+    what = "is kept." if done.pinned else "is not pinned: the job's keep_last and keep_best decide."
+    output.console().print(f"{done.id} {what}")
 
 
 def _model_text(model: VitConfig | BitConfig) -> str:
@@ -175,7 +206,7 @@ def _model_text(model: VitConfig | BitConfig) -> str:
 
 def print_checkpoint(found: CheckpointPublic) -> None:
     out, model, prepared = output.console(), found.model, found.preprocess
-    also = f"  ({', '.join(found.aliases)})" if found.aliases else ""
+    also = f"  ({marks})" if (marks := _also(found)) and found.available else ""
     out.print(f"[bold]{found.id}[/]{also}")
     if not found.available:
         out.print("  [red]not available[/]")

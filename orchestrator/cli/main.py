@@ -75,6 +75,7 @@ for command, panel in (
     (telemetry.metrics, _LOOK),
     (telemetry.events, _LOOK),
     (steer.compare, _LOOK),
+    (steer.lineage, _LOOK),
     (report.report, _LOOK),
     (inspect.inspect, _LOOK),
     (plan.plan, _PLAN),

@@ -132,6 +132,27 @@ def _shown(value: Any) -> str:
     return "-" if value is None else escape(value if isinstance(value, str) else json.dumps(value))
 
 
+def lineage(ctx: typer.Context, job: Job, as_json: Json = False, url: Url = None, token: Token = None) -> None:
+    """Show what a job came of and what came of it: retries, forks, fine-tunes and whatever else took its weights."""
+    with client_for(ctx, url, token) as client:
+        found = client.jobs.lineage(find_job(client, job).id)
+    if as_json:
+        output.print_json(found)
+        return
+    names = {one.id: one.name for one in found.jobs}
+    origins: dict[str, list[str]] = {one.id: [] for one in found.jobs}
+    for link in found.links:
+        origins[link.target].append(f"{link.how} of {names[link.source]} ({link.checkpoint or link.source})")
+    rows = [
+        (one.id, escape(one.name), one.kind, output.state(one.state), escape("; ".join(origins[one.id])))
+        for one in found.jobs
+    ]
+    out = output.console()
+    out.print(output.table(("JOB", "NAME", "KIND", "STATE", "CAME OF"), rows))
+    if not found.complete:
+        out.print("There are more; these are the nearest.")
+
+
 def overview(ctx: typer.Context, as_json: Json = False, url: Url = None, token: Token = None) -> None:
     """Show the service at a glance: what runs, who waits and why, what failed lately, what is used."""
     with client_for(ctx, url, token) as client:

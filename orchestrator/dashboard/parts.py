@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from nicegui import ui
 from nicegui.element import Element
+from nicegui.events import GenericEventArguments
 
 from orchestrator.dashboard.words import STATE_TONES, STATE_WORDS
 
@@ -201,10 +202,17 @@ class Control(Element, component="components/control.js"):
     def __init__(self, value: str, on_written: Callable[[str], Any], **props: Any) -> None:
         super().__init__()
         self.props.update({"initial": value, "wait": 350, **props})
-        self.on("written", lambda e: on_written(str(e.args)))
+        self._heard = 0
+
+        def written(event: GenericEventArguments) -> Any:
+            text, self._heard = str(event.args[0]), event.args[1]
+            return on_written(text)
+
+        self.on("written", written)
 
     def put(self, value: str) -> None:
-        self.run_method("put", value)
+        """Write into it, unless somebody has meanwhile."""
+        self.run_method("put", value, self._heard)
 
 
 class Field:
@@ -262,6 +270,15 @@ def text_field(
     """A line to write in, or with `rows` a field of several; `on_change` hears of it when the writer pauses."""
     props = {"placeholder": placeholder} | ({"lines": rows} if rows else {})
     return Field(label, value, on_change, help, classes, props)
+
+
+def moment_field(label: str, on_change: Callable[[datetime | None], Any]) -> Field:
+    """A date and a time of day, UTC; `on_change` hears None while it is not given in full."""
+
+    def changed(text: str) -> Any:
+        return on_change(datetime.fromisoformat(text).replace(tzinfo=UTC) if text else None)
+
+    return Field(label, "", changed, "", "", {"moment": True})
 
 
 def choice(

@@ -17,6 +17,7 @@ _BEFORE_SCRIPTS = """
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="{path}/static/patchwork.svg">
 <link rel="stylesheet" href="{path}/static/patchwork.css?v={digest}">
+<script src="{path}/static/plots.js?v={digest}"></script>
 <script src="{path}/static/patchwork.js?v={digest}"></script>
 """
 

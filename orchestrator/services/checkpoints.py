@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from pydantic import ValidationError
 from sqlalchemy import select
@@ -17,18 +18,21 @@ from sqlalchemy.orm import Session
 
 from configs.ids import CHECKPOINT_ID
 from configs.layout import export_prefix, manifest_key, report_key
+from configs.spec import ExportFormat
 from configs.wire import EvaluationReport, Manifest
-from orchestrator.schemas import CheckpointPage, CheckpointPublic, ExportPage, ExportPublic, FilePublic
+from orchestrator.schemas import CheckpointEdit, CheckpointPage, CheckpointPublic, ExportPage, ExportPublic, FilePublic
+from orchestrator.services.auth import Actor
 from orchestrator.services.jobs import find_job
-from orchestrator.services.problems import NotFound, RangeNotSatisfiable, Unavailable
+from orchestrator.services.problems import NotFound, RangeNotSatisfiable, Unavailable, WrongState
 from orchestrator.services.public import checkpoint_public
 from orchestrator.storage import store as object_store
 from orchestrator.storage.db import Database
+from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.registry import resolve_ref
 from orchestrator.storage.store import ObjectStore
 from orchestrator.storage.tables import CheckpointRow, JobRow
 
-EXPORT_FORMATS = ("safetensors", "timm", "npz")
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 _RANGE = re.compile(r"^bytes=(\d{0,19})-(\d{0,19})$")
 
 
@@ -68,6 +72,29 @@ def get_checkpoint(db: Database, checkpoint_id: str) -> CheckpointPublic:
     """Raises NotFound."""
     with db.reader() as session:
         row = _find(session, checkpoint_id)
+        return checkpoint_public(row, _aliases(session, row.job_id).get(row.id, ()))
+
+
+def edit_checkpoint(db: Database, actor: Actor, checkpoint_id: str, wanted: CheckpointEdit) -> CheckpointPublic:
+    """Pin a checkpoint, or let go of it. What it is already is no change.
+
+    Raises:
+        NotFound
+        WrongState: it was deleted, or does not count any more, and is to be pinned.
+    """
+    with db.session() as session:
+        row = _find(session, checkpoint_id)
+        # In this order, as retention takes them.
+        lock_job(session, row.job_id)
+        session.refresh(row, with_for_update=True)
+        if wanted.pinned and (row.deleted_at is not None or not row.valid):
+            why = "it was deleted" if row.deleted_at is not None else "it does not count any more"
+            raise WrongState(f"Checkpoint {row.id} cannot be pinned: {why}.", allowed_actions=[])
+        if wanted.pinned != row.pinned:
+            row.pinned = wanted.pinned
+            what = "pinned" if wanted.pinned else "unpinned"
+            message = f"Checkpoint {row.id} of step {row.step} was {what}"
+            record(session, row.job_id, f"checkpoint.{what}", message, actor.name, data={"checkpoint_id": row.id})
         return checkpoint_public(row, _aliases(session, row.job_id).get(row.id, ()))
 
 

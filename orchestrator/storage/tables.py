@@ -73,6 +73,12 @@ _WAITING = text("state = 'QUEUED' AND start_workers IS NULL AND desired = 'run' 
 _WAITING_COLUMNS = ("priority", "created_at", "state", "start_workers", "desired", "search_id")
 
 
+def _index_of_given(column: str) -> Index:
+    """An index of the few jobs that have something there: others cost nothing."""
+    given = text(f"{column} IS NOT NULL")
+    return Index(f"ix_jobs_{column}", column, sqlite_where=given, postgresql_where=given)
+
+
 class JobRow(Base):
     __tablename__ = "jobs"
 
@@ -137,6 +143,7 @@ class JobRow(Base):
         Index("ix_jobs_state_priority", "state", "priority", "created_at"),
         Index("ix_jobs_created", "created_at", "id"),
         Index("ix_jobs_waiting", *_WAITING_COLUMNS, sqlite_where=_WAITING, postgresql_where=_WAITING),
+        *(_index_of_given(column) for column in ("init_from", "resume_from", "retry_of")),
     )
 
 

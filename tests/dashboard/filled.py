@@ -14,9 +14,10 @@ from configs.load import parse_spec
 from configs.plan import plan
 from configs.resolve import canonical_json, resolve, spec_hash, training_fingerprint
 from configs.states import AttemptState, JobState
-from orchestrator.services.submission import card_for
+from orchestrator.services.auth import Actor
+from orchestrator.services.submission import Request, card_for, submit_job
 from orchestrator.storage.db import Database
-from orchestrator.storage.tables import AttemptRow, ClusterRow, EventRow, JobRow, MetricRow
+from orchestrator.storage.tables import AttemptRow, ClusterRow, EventRow, JobRow, MetricRow, TrialRow
 from tests.orchestrator.rows import add_checkpoint, spec_with
 
 NOW = datetime.now(UTC)
@@ -122,6 +123,45 @@ def add_attempt(db: Database, job_id: str, number: int = 1, **fields: Any) -> st
         session.add(AttemptRow(**values))
         session.get_one(JobRow, job_id).num_attempts = number
     return str(values["id"])
+
+
+def add_search(db: Database, num_trials: int) -> str:
+    """A running search over two fields, all but its last trial ended. Returns its id."""
+    base = spec_with(eval={"every_steps": 10}, checkpoint={"every_steps": 10})
+    space = {
+        "optim.lr": {"type": "log_uniform", "low": 1e-4, "high": 1e-1},
+        "optim.name": {"type": "choice", "values": ["adamw", "sgd"]},
+    }
+    spec = {
+        "kind": "search",
+        "name": "lr-and-optimizer",
+        "base": base,
+        "space": space,
+        "budget": {"trials": num_trials},
+    }
+    search_id = submit_job(db, Actor("tok_test", "root", "admin"), Request(spec, {}), None).job_id
+    one = job_values("trial", JobState.SUCCEEDED, 60.0, search_id=search_id, step=100, num_attempts=1)
+    jobs, attempts, trials, points = [], [], [], []
+    for number in range(1, num_trials + 1):
+        job_id = new_job_id()
+        params = {"optim.lr": 10 ** (-4 + 3 * number / num_trials), "optim.name": ("adamw", "sgd")[number % 2]}
+        last = {"state": JobState.RUNNING.value, "ended_at": None} if number == num_trials else {}
+        jobs.append(one | last | {"id": job_id, "name": f"lr-{number}"})
+        ended = {"id": attempt_id(job_id, 1), "job_id": job_id, "number": 1, "state": "ENDED", "to_step": 100}
+        attempts.append(ended | {"world_size": 1, "nodes": ["node-a"], "created_at": NOW, "phase": "training"})
+        trials.append(
+            {"search_id": search_id, "number": number, "job_id": job_id, "role": "trial", "setting": number - 1}
+            | {"repeat": 0, "params": params, "asked_after": 0, "told": number}
+        )
+        for step in range(10, 101, 10):
+            value = (0.9 - 0.1 * abs(number / num_trials - 0.6)) * (1 - math.exp(-step / 30))
+            metric = {"job_id": job_id, "name": "eval/top1", "step": step, "attempt": 1, "value": value, "at": NOW}
+            points.append(metric)
+    with db.session() as session:
+        session.get_one(JobRow, search_id).state = JobState.RUNNING
+        for table, rows in ((JobRow, jobs), (AttemptRow, attempts), (TrialRow, trials), (MetricRow, points)):
+            session.execute(insert(table), rows)
+    return search_id
 
 
 def add_cluster(db: Database, **fields: Any) -> None:

@@ -17,9 +17,10 @@ from sqlalchemy import insert, select
 from configs.states import Desired, JobState
 from orchestrator.services.tokens import list_tokens, revoke_token
 from orchestrator.storage.db import Database
-from orchestrator.storage.tables import AttemptRow, JobRow, MetricRow
+from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow, MetricRow
 from tests.dashboard.conftest import ADMIN, Server, Visitor, serving, visiting
-from tests.dashboard.filled import add_curves, add_job, add_many
+from tests.dashboard.filled import add_curves, add_job, add_many, add_search
+from tests.orchestrator.rows import add_checkpoint
 
 
 def until(what: str, probe: Callable[[], Any], deadline_s: float = 20.0) -> Any:
@@ -172,6 +173,24 @@ def test_a_job_is_submitted_from_a_preset_after_mending_what_is_wrong(admin: Vis
     assert row.submitted["spec"] == {"preset": "demo/fashion-mnist-pretrain"}
     assert row.submitted["overrides"]["optim.lr"] == "0.002"
     assert b'"weight_decay":0.1' in row.spec_json
+
+
+def test_what_is_written_stays_while_a_preset_is_chosen(admin: Visitor) -> None:
+    page = admin.go("/submit")
+    name, rate = page.get_by_role("textbox", name="Name").first, page.get_by_label("Learning rate")
+    rate.fill("0.004")
+    # Faster than the preset's fields can come.
+    page.get_by_label("Preset").select_option("demo/fashion-mnist-pretrain")
+    name.fill("mine")
+    name.blur()
+    expect(page.get_by_text("Valid: it can be submitted.")).to_be_visible()
+    expect(page.get_by_label("Total epochs")).not_to_have_value("")
+    # Another kind has other fields; those it has too keep what was written.
+    page.get_by_label("Kind of job").select_option("finetune")
+    expect(page.get_by_label("Checkpoint to start from")).to_be_visible()
+    expect(page.get_by_label("Preset")).to_have_value("")
+    expect(name).to_have_value("mine")
+    expect(rate).to_have_value("0.004")
 
 
 def test_jobs_are_compared_by_curves_values_and_descriptions(admin: Visitor, server: Server) -> None:
@@ -355,3 +374,65 @@ def test_nothing_is_loaded_from_another_host(browser: Browser, server: Server) -
         until("a chart", lambda: points(visitor.page, "Loss") > 0)
         assert asked
         assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+def test_checkpoints_are_pinned_and_exported_from_the_page(admin: Visitor, server: Server) -> None:
+    page = admin.go(f"/jobs/{server.ids['running']}?tab=checkpoints")
+    page.get_by_role("button", name="Pin the checkpoint of step 20").click()
+    page.get_by_role("button", name="Unpin the checkpoint of step 20").wait_for()
+    row = page.get_by_role("row").filter(has=page.get_by_role("button", name="Unpin"))
+    expect(row).to_contain_text("pinned")
+    with server.db.reader() as session:
+        pinned = session.scalars(select(CheckpointRow).where(CheckpointRow.pinned.is_(True))).one()
+    assert (pinned.job_id, pinned.step) == (server.ids["running"], 20)
+    row.get_by_role("button", name="Unpin").click()
+    expect(page.get_by_role("button", name="Unpin the checkpoint of step 20")).to_have_count(0)
+
+    for fmt in ("safetensors", "timm", "transformers", "torchvision", "npz"):
+        admin.go(f"/jobs/{server.ids['running']}?tab=checkpoints")
+        page.get_by_role("button", name="Export the checkpoint of step 20").click()
+        page.get_by_role("dialog").get_by_label("Format").select_option(fmt)
+        page.get_by_role("button", name="Export it").click()
+        page.get_by_role("heading", name=f"vit-s16-imagenet-{fmt}").wait_for()
+        assert page.url.partition("?")[0].startswith(f"{server.url}/dashboard/jobs/job_")
+        made = job(server.db, page.url.rpartition("/")[2].partition("?")[0])
+        assert (made.kind, made.init_from, made.submitted["spec"]["format"]) == ("export", pinned.id, fmt)
+
+
+def test_a_viewer_cannot_pin_or_export(browser: Browser, server: Server) -> None:
+    with visiting(browser, server.url) as visitor:
+        visitor.log_in(server.token("viewer"))
+        page = visitor.go(f"/jobs/{server.ids['running']}?tab=checkpoints")
+        expect(page.get_by_role("table", name="Checkpoints of the job")).to_contain_text("best, latest")
+        assert page.get_by_role("button", name=re.compile("Pin|Export")).count() == 0
+        assert visitor.errors == []
+
+
+def test_the_family_of_a_job_is_drawn_and_told(admin: Visitor, server: Server) -> None:
+    parent = add_job(server.db, "ancestor", JobState.SUCCEEDED, 900)
+    checkpoint = add_checkpoint(server.db, parent, 40)
+    middle = add_job(server.db, "descendant", JobState.SUCCEEDED, 800, resume_from=checkpoint)
+    add_job(server.db, "again", JobState.QUEUED, 700, retry_of=middle)
+    page = admin.go(f"/jobs/{middle}?tab=checkpoints")
+    told = page.get_by_role("list", name="Who came of whom").get_by_role("listitem")
+    expect(told).to_have_text(
+        [re.compile("descendant.*goes on from.*ancestor.*at step 40"), re.compile("again.*retry")]
+    )
+    chart = page.get_by_role("img", name="Chart: Jobs that came of one another")
+    until("its three jobs are drawn", lambda: chart.get_attribute("data-points") == "3")
+    told.get_by_role("link", name="ancestor").click()
+    expect(page.get_by_role("heading", name="ancestor")).to_be_visible()
+
+
+def test_a_search_shows_its_best_its_plots_and_its_trials(admin: Visitor, server: Server) -> None:
+    page = admin.go(f"/jobs/{add_search(server.db, 12)}")
+    table = page.get_by_role("table", name="Trials of the search")
+    expect(table.get_by_role("row")).to_have_count(13)
+    best = page.locator(".card").filter(has=page.get_by_role("heading", name="Best so far"))
+    expect(best).to_contain_text("optim.name=sgd")
+    for title, number in (("History", 12), ("Curves", 120), ("Parallel coordinates", 12)):
+        chart = page.get_by_role("img", name=f"Chart: {title}")
+        until(title, lambda chart=chart, number=number: chart.get_attribute("data-points") == str(number))
+    expect(page.get_by_role("img", name="Chart: Importances")).to_be_hidden()
+    best.get_by_role("link", name="Trial 7").click()
+    expect(page.get_by_role("heading", name="lr-7")).to_be_visible()

@@ -13,8 +13,9 @@ from orchestrator.services.checkpoints import ByteRange, parse_range
 from orchestrator.services.problems import RangeNotSatisfiable
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database
+from orchestrator.storage.registry import apply_retention
 from tests.fakes.memory_store import MemoryStore
-from tests.orchestrator.conftest import ADMIN_TOKEN
+from tests.orchestrator.conftest import ADMIN_TOKEN, headers_for
 from tests.orchestrator.rows import MODEL, PREPROCESS, T0, add_attempt, add_checkpoint, submit
 
 SHARD = "shards/weights-00000-of-00001.safetensors"
@@ -218,3 +219,41 @@ def test_parse_range(header: str | None, expected: ByteRange | None) -> None:
 def test_ranges_outside_the_file(header: str, size: int) -> None:
     with pytest.raises(RangeNotSatisfiable):
         parse_range(header, size)
+
+
+@pytest.mark.db
+def test_a_pinned_checkpoint_outlives_retention(
+    api: TestClient, db: Database, store: MemoryStore, job_id: str, checkpoint: str
+) -> None:
+    for step in (50, 60, 70, 80):
+        add_checkpoint(db, job_id, step)
+    path = f"/v1/checkpoints/{checkpoint}"
+    assert api.patch(path, json={"pinned": True}).json()["pinned"] is True
+    assert api.patch(path, json={"pinned": True}).status_code == 200
+    before = len(apply_retention(db, store, job_id, T0))
+    assert before > 0
+    assert api.get(path).json()["available"] is True
+    assert api.patch(path, json={"pinned": False}).json()["pinned"] is False
+    assert apply_retention(db, store, job_id, T0) == [checkpoint]
+    refused = api.patch(path, json={"pinned": True})
+    assert (refused.status_code, refused.json()["detail"]) == (
+        409,
+        f"Checkpoint {checkpoint} cannot be pinned: it was deleted.",
+    )
+    events = [event["type"] for event in api.get(f"/v1/jobs/{job_id}/events").json()["items"]]
+    assert [type for type in events if "pinned" in type] == ["checkpoint.pinned", "checkpoint.unpinned"]
+
+
+def test_pinning_takes_a_member_and_a_word(api: TestClient, db: Database, checkpoint: str) -> None:
+    path = f"/v1/checkpoints/{checkpoint}"
+    assert api.patch(path, json={"pinned": True}, headers=headers_for(db, "viewer")).status_code == 403
+    assert api.patch(path, json={}).json()["errors"][0]["pointer"] == "/pinned"
+    assert api.patch(f"{path}1", json={"pinned": True}).status_code == 404
+
+
+@pytest.mark.parametrize("fmt", ["safetensors", "timm", "transformers", "torchvision", "npz"])
+def test_exports_of_every_format_are_listed(api: TestClient, store: MemoryStore, job_id: str, fmt: str) -> None:
+    store.put(export_prefix(job_id, fmt) + "model.bin", b"weights")
+    items = api.get(f"/v1/jobs/{job_id}/exports").json()["items"]
+    assert items == [{"format": fmt, "files": [{"name": "model.bin", "num_bytes": 7}]}]
+    assert api.get(f"/v1/jobs/{job_id}/exports/{fmt}/files/model.bin").content == b"weights"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from configs.states import AttemptState, JobState
 from orchestrator.services.compare import differences
+from orchestrator.services.lineage import read_lineage
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import CheckpointRow, ClusterRow, JobRow, MetricRow
 from tests.orchestrator.conftest import headers_for
@@ -254,3 +257,43 @@ def test_the_document_knows_the_new_routes(api: TestClient) -> None:
     assert {"/v1/overview", "/v1/compare", "/v1/jobs/{job_id}/fork"} <= set(paths)
     assert "patch" in paths["/v1/jobs/{job_id}"]
     assert not [path for path in paths if path.startswith("/dashboard")]
+
+
+# -- lineage -----------------------------------------------------------------------------------------------------------
+@pytest.mark.db
+def test_a_family_of_jobs_is_found_from_any_of_them(api: TestClient, db: Database) -> None:
+    first = submit(api, name="first")["id"]
+    add_attempt(db, first, 1, to_step=40)
+    checkpoint = add_checkpoint(db, first, 40)
+    fork = api.post(f"/v1/jobs/{first}/fork", json={"checkpoint": checkpoint, "name": "forked"}).json()["id"]
+    exported = {"kind": "export", "init_from": checkpoint, "resources": {"gpus_per_worker": 0}}
+    export = api.post("/v1/jobs", json={"spec": exported}).json()["id"]
+    move(db, first, JobState.CANCELLED)
+    retry = api.post(f"/v1/jobs/{first}/retry").json()["id"]
+    submit(api, name="a stranger")
+
+    views = [api.get(f"/v1/jobs/{job_id}/lineage").json() for job_id in (first, fork, export, retry)]
+    for view in views:
+        assert [job["id"] for job in view["jobs"]] == [first, fork, export, retry]
+        links = {(link["source"], link["target"]): (link["how"], link["checkpoint"]) for link in view["links"]}
+        assert links == {
+            (first, fork): ("fork", checkpoint),
+            (first, export): ("weights", checkpoint),
+            (first, retry): ("retry", checkpoint),
+        }
+        assert view["complete"] is True
+    assert api.get(f"/v1/jobs/{first[:-1]}Z/lineage").status_code == 404
+
+
+def test_of_a_large_family_the_nearest_are_shown(api: TestClient, db: Database) -> None:
+    job_id = submit(api, name="first")["id"]
+    for number in range(4):
+        job_id = api.post(f"/v1/jobs/{job_id}/fork", json={"name": f"fork {number}"}).json()["id"]
+    with db.session() as session:
+        rows = list(session.scalars(select(JobRow).order_by(JobRow.created_at)))
+        for older, newer in itertools.pairwise(rows):
+            newer.retry_of = older.id
+        middle = rows[2].id
+    assert [job.name for job in read_lineage(db, middle, 3).jobs] == ["fork 0", "fork 1", "fork 2"]
+    assert read_lineage(db, middle, 3).complete is False
+    assert read_lineage(db, middle).complete is True

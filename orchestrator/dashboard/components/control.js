@@ -6,11 +6,12 @@ export default {
     <select v-else-if="options" v-model="text" @change="now">
       <option v-for="[value, label] in options" :key="value" :value="value">{{ label }}</option>
     </select>
+    <input v-else-if="moment" type="datetime-local" step="1" v-model="text" @input="later" @change="now" />
     <input v-else type="text" v-model="text" @input="later" @change="now" spellcheck="false" />`,
-  props: { initial: String, lines: Number, options: Array, wait: Number },
+  props: { initial: String, lines: Number, options: Array, moment: Boolean, wait: Number },
   emits: ["written"],
   data() {
-    return { text: this.initial, said: this.initial, timer: null };
+    return { text: this.initial, said: this.initial, times: 0, timer: null };
   },
   methods: {
     later() {
@@ -21,10 +22,11 @@ export default {
       clearTimeout(this.timer);
       if (this.text === this.said) return;
       this.said = this.text;
-      this.$emit("written", this.text);
+      this.$emit("written", this.text, ++this.times);
     },
-    put(text) {
-      clearTimeout(this.timer);
+    // What is being written, or was written and is not heard of yet, is not written over.
+    put(text, heard) {
+      if (this.text !== this.said || heard !== this.times) return;
       this.text = this.said = text;
     },
   },

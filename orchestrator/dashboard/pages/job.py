@@ -15,6 +15,7 @@ from orchestrator.dashboard.pages import (
     job_actions,
     job_checkpoints,
     job_curves,
+    job_exports,
     job_history,
     job_logs,
     job_pictures,
@@ -36,6 +37,7 @@ TABS: dict[str, tuple[str, Tab]] = {
     "events": ("Events", job_history.draw_events),
 }
 _FIRST_OF_KIND: dict[str, dict[str, tuple[str, Tab]]] = {
+    "export": {"files": ("Files", job_exports.draw)},
     "inspect": {"pictures": ("Pictures", job_pictures.draw)},
     "search": {"trials": ("Trials", job_trials.draw)},
 }

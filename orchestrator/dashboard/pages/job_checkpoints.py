@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, section, url
-from orchestrator.schemas import CheckpointPage, CheckpointPublic, JobPublic
-from orchestrator.services.checkpoints import list_checkpoints
+from orchestrator.dashboard.pages import job_lineage
+from orchestrator.schemas import CheckpointEdit, CheckpointPage, CheckpointPublic, JobPublic
+from orchestrator.services.auth import Actor
+from orchestrator.services.checkpoints import EXPORT_FORMATS, edit_checkpoint, list_checkpoints
 from orchestrator.services.jobs import get_job
+from orchestrator.services.submission import Request, Submitted, submit_job
 
 _COLUMNS = (
     {"key": "step", "label": "Step"},
-    {"key": "id", "label": "Checkpoint"},
+    {"key": "checkpoint", "label": "Checkpoint"},
     {"key": "top1", "label": "Top-1", "end": True},
     {"key": "loss", "label": "Loss", "end": True},
     {"key": "size", "label": "Size", "end": True},
     {"key": "also", "label": "Also"},
     {"key": "made", "label": "Made", "end": True},
 )
+_ACTIONS = ({"key": "pin", "label": "Keep", "end": True}, {"key": "export", "label": "Export", "end": True})
+_FORMAT_WORDS = {
+    "safetensors": "safetensors: this project's own",
+    "timm": "timm",
+    "transformers": "Hugging Face Transformers",
+    "torchvision": "torchvision",
+    "npz": "npz: the official code's",
+}
 
 
 def draw(frame: Frame, job: JobPublic) -> Callable[[JobPublic], None]:
     """The tab."""
     with parts.card("Checkpoints", flush=True), parts.tag("div", "", "scroll-x"):
-        table = parts.Rows("Checkpoints of the job", _COLUMNS)
+        columns = (*_COLUMNS, *(_ACTIONS if frame.may_write else ()))
+        table = parts.Rows("Checkpoints of the job", columns, on_act=lambda id, action: _act(frame, job, id, action))
         none = section(_draw_none, lambda view: not view.items)
     with parts.card("Take the weights away"):
-        parts.tag("p", "The best checkpoint, verified block by block, in a folder that vit.weights opens:")
+        parts.tag("p", "The best checkpoint, verified block by block, in a folder that vit.load opens:")
         _command(f"patchwork fetch {job.id}")
         parts.tag("p", "As files for timm and others:")
-        _command(f"patchwork fetch {job.id} -o my-model && patchwork convert my-model --to timm")
-    with parts.card("Lineage"):
-        _draw_lineage(job)
+        _command(f"patchwork fetch {job.id} -o my-model && patchwork convert my-model my-model-timm --to timm")
+    job_lineage.draw(frame, job)
 
     def show(view: CheckpointPage) -> None:
         none(view)
@@ -58,39 +70,66 @@ def _row(checkpoint: CheckpointPublic) -> dict[str, object]:
     if not checkpoint.available:
         marks = ["deleted" if checkpoint.deleted_at else "not valid"]
     return {
-        "id": {"text": checkpoint.id},
+        "id": checkpoint.id,
+        "checkpoint": checkpoint.id,
         "step": f"{checkpoint.step:,}",
         "top1": words.percent(checkpoint.metrics.get("eval/top1")),
         "loss": words.measured("eval/loss", checkpoint.metrics.get("eval/loss")),
         "size": words.size(checkpoint.num_bytes),
         "also": ", ".join(marks),
         "made": {"ago": checkpoint.created_at.isoformat()},
+        **(_buttons(checkpoint) if checkpoint.available else {}),
     }
+
+
+def _buttons(checkpoint: CheckpointPublic) -> dict[str, Any]:
+    step = f"the checkpoint of step {checkpoint.step:,}"
+    action, label = ("unpin", f"Unpin {step}") if checkpoint.pinned else ("pin", f"Pin {step}")
+    pin = {"action": action, "button": action.capitalize(), "label": label}
+    return {"pin": pin, "export": {"action": "export", "button": "Export", "label": f"Export {step}"}}
+
+
+async def _act(frame: Frame, job: JobPublic, checkpoint_id: str, action: str) -> None:
+    if action == "export":
+        _open_export(frame, job, checkpoint_id)
+        return
+    wanted = CheckpointEdit(pinned=action == "pin")
+    done = "It is kept." if wanted.pinned else "From now on the job's retention decides."
+    await frame.act(lambda actor: edit_checkpoint(frame.services.db, actor, checkpoint_id, wanted), done)
+
+
+def _open_export(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
+    box, body = parts.dialog("Export this checkpoint")
+    with body:
+        parts.tag("p", checkpoint_id, "mono wrap")
+        options: dict[str, str] = {name: _FORMAT_WORDS[name] for name in EXPORT_FORMATS}
+        wanted = parts.choice("Format", options, EXPORT_FORMATS[0], help="A job writes it; its page offers the files.")
+
+        async def export() -> None:
+            spec = {
+                "kind": "export",
+                "name": f"{job.name}-{wanted.value}"[:128],
+                "init_from": checkpoint_id,
+                "format": wanted.value,
+                # It reads and writes files: a GPU would wait idle.
+                "resources": {"gpus_per_worker": 0},
+                "queue": {"project": job.project},
+            }
+
+            def work(actor: Actor) -> Submitted:
+                return submit_job(frame.services.db, actor, Request(spec, {}), None)
+
+            made = await frame.act(work)
+            if made is not None:
+                frame.go(url(f"/jobs/{made.job_id}"))
+
+        with parts.row():
+            parts.button("Export it", export, "main")
+            parts.button("Close", box.close)
+    box.open()
 
 
 def _command(text: str) -> None:
     with parts.row():
         parts.tag("code", text, "wrap grow")
         parts.copy_button(text, "Copy")
-
-
-def _draw_lineage(job: JobPublic) -> None:
-    origins = [
-        ("Starts from the weights of", job.init_from),
-        ("Goes on from", job.resume_from),
-        ("A retry of", job.retry_of),
-    ]
-    known = [(label, value) for label, value in origins if value]
-    if not known:
-        parts.tag("p", "It began with weights of its own.", "soft")
-    for label, value in known:
-        with parts.row("tight"):
-            parts.tag("span", label, "soft")
-            parts.link(value, url(f"/jobs/{job_of(value)}"), "mono wrap")
-
-
-def job_of(reference: str) -> str:
-    """The job of a checkpoint id, of job_…/best, or the job itself."""
-    if reference.startswith("ckpt_"):
-        return f"job_{reference.split('_')[1]}"
-    return reference.partition("/")[0]

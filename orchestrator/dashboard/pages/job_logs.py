@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from configs.wire import LogLine
 from orchestrator.dashboard import parts
@@ -50,8 +51,10 @@ class _Logs:
                 self._pattern = parts.text_field("Pattern", "", self._want_pattern, placeholder="loss: (nan|inf)")
                 parts.choice("From", {"": "Everyone", "driver": "Driver"} | ranks, "", lambda v: self._want(stream=v))
                 parts.choice("Level", _LEVELS, "", lambda v: self._want(level=v))
+                parts.moment_field("Since (UTC)", lambda at: self._want(since=at))
+                parts.moment_field("Until (UTC)", lambda at: self._want(until=at))
                 attempts = {str(a.number): f"Attempt {a.number}" for a in job.attempts}
-                parts.choice("Attempt", {"": "All"} | attempts, "", lambda v: self._want(attempt=v))
+                parts.choice("Attempt", {"": "All"} | attempts, "", lambda v: self._want(attempt=int(v or 0)))
             parts.checkbox("Follow the end", True, self._set_follow)
             self._lines = parts.LogLines()
         self._start()
@@ -59,16 +62,8 @@ class _Logs:
     def _set_follow(self, on: bool) -> None:
         self._follow_end = on
 
-    def _want(self, **changes: str) -> None:
-        now = self._wanted
-        attempt = changes.get("attempt", str(now.attempt or ""))
-        self._wanted = LogFilter(
-            attempt=int(attempt) if attempt.isdigit() else None,
-            stream=changes.get("stream", now.stream or "") or None,
-            level=changes.get("level", now.level or "") or None,
-            text=changes.get("text", now.text or "") or None,
-            regex=changes.get("regex", now.regex or "") or None,
-        )
+    def _want(self, **changes: Any) -> None:
+        self._wanted = replace(self._wanted, **{name: value or None for name, value in changes.items()})
         self._download.props["href"] = self._address()
         self._download.update()
         self._start()
@@ -86,6 +81,7 @@ class _Logs:
         w = self._wanted
         query = {"attempt": str(w.attempt or ""), "stream": w.stream or "", "level": w.level or ""}
         query |= {"q": w.text or "", "regex": w.regex or ""}
+        query |= {name: at.isoformat() for name, at in (("since", w.since), ("until", w.until)) if at is not None}
         return url(f"/files/jobs/{self.job.id}/log", **query)
 
     def _start(self) -> None:

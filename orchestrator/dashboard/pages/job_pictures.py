@@ -7,8 +7,8 @@ from collections.abc import Callable
 from orchestrator.dashboard import parts
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, section, url
-from orchestrator.dashboard.pages.job_checkpoints import job_of
 from orchestrator.schemas import JobPublic, PicturePage
+from orchestrator.services.lineage import job_of
 from orchestrator.services.pictures import list_pictures
 
 

@@ -116,7 +116,7 @@ class _Page:
             with parts.tag("div", "", "form-grid"):
                 self._kind_field = parts.choice("Kind of job", _WORDS, self._kind, self._set_kind)
                 names = {"": "Nothing: the defaults"} | {name: name for name in self._presets}
-                parts.choice("Preset", names, self._preset, self._set_preset, classes="wide")
+                self._preset_field = parts.choice("Preset", names, self._preset, self._set_preset, classes="wide")
             self._about = parts.stack("tight")
         self._draw_about()
 
@@ -131,22 +131,34 @@ class _Page:
 
     async def _set_kind(self, kind: str) -> None:
         self._kind = kind if kind in FORM_KINDS else "pretrain"
-        self._preset, self._base = ("", {}) if (self._info and self._info.kind != kind) else (self._preset, {})
-        await self._start_over()
+        if self._info is not None and self._info.kind != self._kind:
+            self._preset = ""
+            self._preset_field.set_value("")
+        await self._start_from(has_other_fields=True)
 
     async def _set_preset(self, name: str) -> None:
         self._preset = name if name in self._presets else ""
-        self._base = {}
-        if (info := self._info) is not None and info.kind != self._kind:
+        info = self._info
+        has_other_fields = info is not None and info.kind != self._kind
+        if info is not None and has_other_fields:
             self._kind = info.kind
             self._kind_field.set_value(info.kind)
-        await self._start_over()
+        await self._start_from(has_other_fields)
 
-    async def _start_over(self) -> None:
-        self._changes.clear()
+    async def _start_from(self, has_other_fields: bool) -> None:
+        """Show what is said now where nothing else was written; what was written stays."""
+        self._base = {}
         ui.navigate.history.replace(url("/submit", preset=self._preset))
         self._draw_about()
-        self._draw_form()
+        if has_other_fields:
+            known = {field.path for field in form_fields(self._kind)}
+            self._changes = {path: value for path, value in self._changes.items() if path in known}
+            self._draw_form()
+        else:
+            # The fields stay: somebody may be writing in one of them already.
+            for path, field in self._fields.items():
+                if path not in self._changes:
+                    field.set_value(value_at(self._said(), path))
         await self.check()
 
     # -- the form ------------------------------------------------------------------------------------------------------

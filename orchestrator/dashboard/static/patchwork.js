@@ -107,6 +107,7 @@ window.pw = (() => {
     };
   }
   function option(spec) {
+    if (spec.kind) return window.pwPlots[spec.kind](spec, tools());
     const isDark = document.body.classList.contains("body--dark");
     const soft = style("--soft"), line = style("--line"), ink = style("--ink");
     const format = formats[spec.unit] ?? number;
@@ -122,11 +123,23 @@ window.pw = (() => {
       series: lines(spec, isDark ? dark : light),
     };
   }
+  // What plots of other kinds (plots.js) are drawn with.
+  function tools() {
+    const isDark = document.body.classList.contains("body--dark");
+    return {
+      colours: isDark ? dark : light, soft: style("--soft"), line: style("--line"), ink: style("--ink"),
+      raised: style("--raised"), tone: (name) => style(name ? `--${name}` : "--soft"), number, formats, escape,
+    };
+  }
   function redraw(component) {
     const spec = charts.get(component);
     if (!component.chart || !spec) return;
-    component.chart.setOption(option(spec), { replaceMerge: ["series"] });
-    component.$el.dataset.points = spec.series.reduce((sum, one) => sum + one.steps.length, 0);
+    component.chart.setOption(option(spec), spec.kind ? { notMerge: true } : { replaceMerge: ["series"] });
+    component.$el.dataset.points = spec.kind ? spec.size : spec.series.reduce((sum, one) => sum + one.steps.length, 0);
+    if (spec.kind && !component.leads) {
+      component.leads = true;
+      component.chart.on("click", (event) => event.data?.href && location.assign(event.data.href));
+    }
   }
   // `changes` may be the whole picture or only what is different of it (smoothing, axes).
   function draw(component, changes) {

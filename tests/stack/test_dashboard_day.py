@@ -1,15 +1,20 @@
 """A person's day at the dashboard, on the real stack: everything is done in the browser, and what came of it is asked
-of the service.
-
-Not collected with the other tests: `make test ARGS=tests/stack/dashboard_day.py`. It has not passed to its end yet."""
+of the service."""
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 from playwright.sync_api import Browser, Page, expect
+from safetensors.numpy import load_file
 
 from orchestrator.client import Client
 from orchestrator.embedded.stack import Stack
+from orchestrator.fetch import fetch
+from orchestrator.schemas import JobPublic
 from tests.dashboard.conftest import browser, visiting  # noqa: F401 - a fixture
 from tests.stack.jobs import finished, pretraining, running_attempt, until
 
@@ -23,7 +28,17 @@ def shown_points(page: Page) -> int:
     return int(chart.get_attribute("data-points") or 0) if chart.count() else 0
 
 
-def test_a_day_at_the_dashboard(browser: Browser, stack: Stack, client: Client) -> None:  # noqa: F811
+def num_parameters(job: JobPublic) -> int:
+    """Of the job's model, as it was planned."""
+    return int(job.plan["parameters"])
+
+
+def test_a_day_at_the_dashboard(
+    browser: Browser,  # noqa: F811
+    stack: Stack,
+    client: Client,
+    tmp_path: Path,
+) -> None:
     failed = client.jobs.create(
         pretraining(name="nowhere", data={"source": {"type": "torchvision", "name": "CIFAR10", "download": "never"}})
     ).id
@@ -74,12 +89,34 @@ def test_a_day_at_the_dashboard(browser: Browser, stack: Stack, client: Client) 
         # What it left: lines, attempts, checkpoints.
         page.get_by_role("link", name="Logs", exact=True).click()
         expect(page.locator(".logbox .line").first).to_be_visible()
+        page.get_by_label("Search").fill("CHECKPOINT")
+        expect(page.locator(".logbox .line").first).to_contain_text("checkpoint")
+        expect(page.locator(".logbox .line").filter(has_not_text=re.compile("checkpoint", re.I))).to_have_count(0)
+        page.get_by_label("Search").fill("")
+        page.get_by_label("Until (UTC)").fill(f"{job.created_at - timedelta(days=1):%Y-%m-%dT%H:%M:%S}")
+        expect(page.get_by_text("No line matches.")).to_be_visible()
+        page.get_by_label("Until (UTC)").fill("")
+        expect(page.locator(".logbox .line").first).to_be_visible()
         page.get_by_label("Pattern").fill("no line says (this|that)")
         expect(page.get_by_text("No line matches.")).to_be_visible()
         page.get_by_role("link", name="Attempts", exact=True).click()
         expect(page.get_by_text(f"from the checkpoint at step {saved.step:,}")).to_be_visible()
         page.get_by_role("link", name="Checkpoints", exact=True).click()
         expect(page.get_by_role("table", name="Checkpoints of the job")).to_contain_text("latest")
+        command = page.locator("code").filter(has_text="patchwork fetch").first.inner_text()
+        assert fetch(client, command.split()[-1], tmp_path / "fetched").num_parameters == num_parameters(job)
+
+        # A checkpoint is fetched through the page: exported, and downloaded.
+        page.get_by_role("button", name=f"Export the checkpoint of step {saved.step:,}").click()
+        page.get_by_role("dialog").get_by_label("Format").select_option("timm")
+        page.get_by_role("button", name="Export it").click()
+        page.get_by_role("heading", name="my day-timm").wait_for()
+        with page.expect_download(timeout=_LONG_MS) as download:
+            page.get_by_role("table", name="Exported files").get_by_role("link", name="model.safetensors").click(
+                timeout=_LONG_MS
+            )
+        weights = load_file(download.value.path())
+        assert weights["blocks.3.attn.qkv.weight"].shape == (192, 64)
 
         # Side by side with its fork, and why another one failed.
         finished(client, fork_id)
