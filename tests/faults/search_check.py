@@ -93,7 +93,11 @@ def killed(client: Client, stack: Stack, num_trials: int) -> str:
     server = server_pid(stack)
     assert server is not None, "the API has no server"
     os.kill(server, signal.SIGKILL)
-    until("the API answers again", lambda: server_pid(stack) not in (None, server) and answers(client, search.id), DEADLINE_S)
+    until(
+        "the API answers again",
+        lambda: server_pid(stack) not in (None, server) and answers(client, search.id),
+        DEADLINE_S,
+    )
     job = succeeded(client, search.id)
     reasons = [attempt.exit_reason for attempt in job.attempts]
     check(reasons == ["DRIVER_LOST", "COMPLETED"], f"attempts ended {reasons}")
