@@ -226,15 +226,18 @@ def _pbt_faults(rule: Pbt, trial: TrainingJob, total: int) -> list[FieldError]:
 def _metric_faults(search: SearchJob, trial: TrainingJob) -> list[FieldError]:
     """A metric that would never come."""
     known = ["train/loss"]
-    if trial.eval.happens:
+    every, total = trial.eval.every_steps, trial.schedule.total_steps
+    assert total is not None, "a resolved job counts its steps"
+    happens = trial.eval.at_end or (every is not None and every <= total)
+    if happens:
         known += ["eval/top1", "eval/top5", "eval/loss"]
         if trial.eval.few_shot is not None:
             known += [f"eval/few_shot/{shots}" for shots in trial.eval.few_shot.shots]
     if search.metric in known:
         return []
     hint = close_matches(search.metric, known)
-    if not trial.eval.happens and search.metric.startswith("eval/"):
-        hint = " Nothing is evaluated: set base.eval.every_steps, or leave base.eval.at_end true."
+    if not happens and search.metric.startswith("eval/"):
+        hint = f" Nothing is evaluated: set base.eval.every_steps to at most {total}, or leave base.eval.at_end true."
     message = f"metric {search.metric} never comes from these trials.{hint}"
     return [FieldError("/metric", message, search.metric, ", ".join(known))]
 

@@ -102,6 +102,7 @@ def faults(raw: dict[str, Any]) -> dict[str, str]:
         ({"metric": "eval/top2"}, "/metric", "Did you mean eval/top"),
         ({"metric": "eval/few_shot/5"}, "/metric", "never comes"),
         ({"base__eval": {"at_end": False}}, "/metric", "Nothing is evaluated"),
+        ({"base__eval": {"at_end": False, "every_steps": 101}}, "/metric", "base.eval.every_steps to at most 100"),
         ({"mode": "min"}, "/mode", "eval/top1 is better the higher"),
         ({"repeats": 3}, "/budget/trials", "4 is no multiple of repeats 3"),
         ({"repeats": 2, "scheduler": {"name": "asha", "grace_steps": 10}}, "/repeats", "judges single trials"),
