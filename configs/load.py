@@ -44,8 +44,10 @@ __all__ = [
     "list_presets",
     "load_preset",
     "merge",
+    "parse_for_plan",
     "parse_spec",
     "parse_text",
+    "with_preset",
 ]
 
 KINDS: dict[str, type[BaseModel]] = {
@@ -59,6 +61,8 @@ KINDS: dict[str, type[BaseModel]] = {
 }
 
 MAX_OVERRIDES = 200
+UNDECIDED = "ckpt_undecided"
+"""Stands for a checkpoint that is not chosen yet, in plans."""
 
 
 # -- overrides and merging ---------------------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ def parse_spec(raw: Mapping[str, Any]) -> JobSpec:
         SpecError: with every fault found, each at the field it is about.
     """
     check_tree(dict(raw))
-    merged = _merge_preset(raw)
+    merged = with_preset(raw)
     kind = merged.get("kind")
     names = ", ".join(KINDS)
     if kind is None:
@@ -259,7 +263,29 @@ def _validate(document: dict[str, Any]) -> JobSpec:
     return _validate(repaired)
 
 
-def _merge_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
+def parse_for_plan(raw: Mapping[str, Any]) -> JobSpec:
+    """As `parse_spec`; but of a fine-tune that says its own sizes the checkpoint need not be chosen yet.
+
+    Raises:
+        SpecError
+    """
+    try:
+        return parse_spec(raw)
+    except SpecError as error:
+        if "init_from" in raw or [fault.pointer for fault in error.errors] != ["/init_from"]:
+            raise
+        spec = parse_spec({**raw, "init_from": UNDECIDED})
+        if isinstance(spec, FinetuneJob) and spec.model.has_sizes:
+            return spec
+        raise
+
+
+def with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` laid over the preset it names; its name is still there.
+
+    Raises:
+        SpecError: there is no such preset, or it is of another kind.
+    """
     name = raw.get("preset")
     if name is None:
         return copy.deepcopy(dict(raw))

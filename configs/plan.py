@@ -10,14 +10,17 @@ from typing import Any
 
 from configs.calibration import Calibration
 from configs.cost import GPUS, Gpu, macs_per_image, num_parameters
+from configs.datasets import PLANNING_CARDS, card_for
 from configs.errors import SpecError, close_matches
+from configs.load import parse_spec
 from configs.planned import CheapestPlan, Plan, StagePlan
 from configs.resolve import SourceCheckpoint, num_eval_examples, resolve
+from configs.search_trials import check_search, resolve_search, undecided, with_fixed_base
 from configs.spec import EvaluateJob, ExportJob, ImportJob, InspectJob, JobSpec, SearchJob, TrainingJob
 from configs.training_plan import TrainingPlanner
 from configs.wire import DatasetCard
 
-__all__ = ["CheapestPlan", "Plan", "StagePlan", "plan"]
+__all__ = ["CheapestPlan", "Plan", "StagePlan", "plan", "plan_of_trials"]
 
 
 def plan(
@@ -45,8 +48,7 @@ def plan(
     if isinstance(spec, ImportJob):
         return Plan(kind="import", world_size=1, notes=("Reads one file and writes its weights as a checkpoint.",))
     if isinstance(spec, SearchJob):
-        message = "kind search: plan its base, which is what a trial takes; POST /v1/plans does so"
-        raise SpecError.at("/kind", message, "search", "pretrain, finetune, evaluate, export")
+        return _plan_search(spec, gpu, calibration)
     complete = resolve(spec, card, source) if resolved is None else resolved
     if isinstance(complete, EvaluateJob):
         return _plan_evaluation(complete, card, source)
@@ -57,6 +59,33 @@ def plan(
     assert isinstance(complete, TrainingJob)
     device, world_size = _parse_gpu(gpu)
     return TrainingPlanner(spec, complete, card, device, world_size, calibration).plan()
+
+
+# -- searches ----------------------------------------------------------------------------------------------------------
+def _plan_search(search: SearchJob, gpu: str | None, calibration: Calibration | None) -> Plan:
+    """With the data sets that plans know; its checkpoint need not be chosen yet."""
+    made: list[Plan] = []
+
+    def complete(raw: dict[str, Any]) -> TrainingJob:
+        trial = parse_spec(raw)
+        assert isinstance(trial, TrainingJob), "trials are trainings"
+        card = card_for(trial.data.source, PLANNING_CARDS)
+        made.append(plan(trial, card, gpu, None, calibration))
+        return resolve(trial, card, None)
+
+    search = with_fixed_base(undecided(search))
+    return plan_of_trials(resolve_search(search, check_search(search, complete)), made[0])
+
+
+def plan_of_trials(search: SearchJob, of_trial: Plan) -> Plan:
+    """The plan of a resolved search: that of one trial, and what all of them take at most."""
+    count = search.budget.trials + (search.final is not None)
+    trials = f"{search.budget.trials} trials" + (" and a final run" if search.final is not None else "")
+    notes = [f"Of one trial; the search makes {trials}."]
+    if of_trial.gpu_hours is not None:
+        earlier = "; what is stopped early takes less" if search.scheduler.name in ("asha", "median") else ""
+        notes.append(f"All of them together take {count * of_trial.gpu_hours:,.3g} GPU-hours{earlier}.")
+    return of_trial.model_copy(update={"notes": (*notes, *of_trial.notes)})
 
 
 def _parse_gpu(gpu: str | None) -> tuple[Gpu | None, int | None]:

@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs.errors import FieldError, SpecError, close_matches, field_errors, show, to_pointer
-from configs.load import apply_overrides, parse_spec
+from configs.errors import FieldError, SpecError, close_matches, field_errors, show, to_pointer, value_at
+from configs.load import UNDECIDED, apply_overrides, parse_spec, with_preset
 from configs.resolve import load_resolved
-from configs.search import Asha, Concurrency, MedianStopping, Pbt, Setting, corners
+from configs.search import Asha, Concurrency, FinalRun, MedianStopping, Pbt, Setting, corners
 from configs.service import Resources, WorkerRange
 from configs.spec import SearchJob, TrainingJob
 from configs.train import Checkpoint
+from configs.unused import unused_fields
 
 MUTABLE_PREFIXES = ("optim.", "data.augment.", "data.mix.")
 """What may change in the middle of a training without making its state meaningless."""
@@ -56,6 +57,55 @@ def trial_spec(
     if spec.eval.happens and search.metric in _literals(kept):
         overrides["checkpoint.metric"] = search.metric
     return apply_overrides(raw, overrides)
+
+
+def with_fixed_base(search: SearchJob) -> SearchJob:
+    """The same search with its base's preset written out: what the preset says now, every trial is made of.
+
+    What a preset says and the base leaves without effect (the split to evaluate, beside a held-out part) is kept for
+    the final run, where it may have one. A base that is not valid stays as it is, for `check_search` to say so.
+    """
+    if search.base.get("preset") is None:
+        return search
+    setting = corners(search.space)[0]
+    try:
+        base = with_preset(search.base)
+        trial = parse_spec(apply_overrides(search.base, setting))
+    except SpecError:
+        return search
+    del base["preset"]
+    for_final: dict[str, Any] = {}
+    for fault in unused_fields(base, trial):
+        *path, last = fault.pointer[1:].split("/")
+        owner = value_at(base, tuple(path))
+        assert isinstance(owner, dict), "a field that has a value is in a mapping"
+        for_final[".".join([*path, last])] = owner.pop(last)
+    return search.model_copy(update={"base": base, "final": _with_overrides(search.final, base, setting, for_final)})
+
+
+def _with_overrides(
+    final: FinalRun | None, base: Mapping[str, Any], setting: Setting, more: Mapping[str, Any]
+) -> FinalRun | None:
+    """A final run with more overrides, unless they have no effect there either."""
+    if final is None:
+        return None
+    changed = final.model_copy(update={"overrides": {**more, **final.overrides}})
+    try:
+        parse_spec(apply_overrides(base, {**setting, **changed.overrides}))
+    except SpecError:
+        return final
+    return changed
+
+
+def undecided(search: SearchJob) -> SearchJob:
+    """To plan a search: one whose base says no checkpoint to start from, with a stand-in for it."""
+    try:
+        base = with_preset(search.base)
+    except SpecError:
+        return search
+    if base.get("kind") != "finetune" or "init_from" in base:
+        return search
+    return search.model_copy(update={"base": {**search.base, "init_from": UNDECIDED}})
 
 
 def check_search(search: SearchJob, complete: Complete) -> TrainingJob:
@@ -176,15 +226,18 @@ def _pbt_faults(rule: Pbt, trial: TrainingJob, total: int) -> list[FieldError]:
 def _metric_faults(search: SearchJob, trial: TrainingJob) -> list[FieldError]:
     """A metric that would never come."""
     known = ["train/loss"]
-    if trial.eval.happens:
+    every, total = trial.eval.every_steps, trial.schedule.total_steps
+    assert total is not None, "a resolved job counts its steps"
+    happens = trial.eval.at_end or (every is not None and every <= total)
+    if happens:
         known += ["eval/top1", "eval/top5", "eval/loss"]
         if trial.eval.few_shot is not None:
             known += [f"eval/few_shot/{shots}" for shots in trial.eval.few_shot.shots]
     if search.metric in known:
         return []
     hint = close_matches(search.metric, known)
-    if not trial.eval.happens and search.metric.startswith("eval/"):
-        hint = " Nothing is evaluated: set base.eval.every_steps, or leave base.eval.at_end true."
+    if not happens and search.metric.startswith("eval/"):
+        hint = f" Nothing is evaluated: set base.eval.every_steps to at most {total}, or leave base.eval.at_end true."
     message = f"metric {search.metric} never comes from these trials.{hint}"
     return [FieldError("/metric", message, search.metric, ", ".join(known))]
 

@@ -223,8 +223,8 @@ class _Download:
         return memoryview(data)
 
     def _address(self, name: str) -> str | None:
-        """Where a shard's bytes come from, asked for once and with one byte: all threads begin at the same time, and what
-        comes through a redirect comes slowly."""
+        """Where a shard's bytes come from, asked for once and with one byte: all threads begin at the same time, and
+        what comes through a redirect comes slowly."""
         with self._asking:
             if name not in self._addresses:
                 one_byte = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from configs.datasets import PLANNING_CARDS, card_for
-from configs.load import apply_overrides, list_presets, load_preset, parse_spec
+from configs.load import apply_overrides, list_presets, load_preset, parse_for_plan
 from configs.plan import Plan
 from configs.plan import plan as make_plan
 from configs.resolve import data_of
@@ -40,13 +40,15 @@ def plan(
       patchwork plan --preset paper/pretrain/imagenet21k-l16-90ep --gpu H100:64
 
       patchwork plan my-job.yaml --set model.variant=H/14 --gpu A100-80GB:32
+
+      patchwork plan --preset search/flowers-lr --gpu A100-80GB:8
     """
     raw, wanted = read_spec(spec, preset), parse_overrides(overrides)
     if server:
         with client_for(ctx, url, token) as client:
             made = client.plan(raw, wanted, gpu)
     else:
-        parsed = parse_spec(apply_overrides(raw, wanted))
+        parsed = parse_for_plan(apply_overrides(raw, wanted))
         data = data_of(parsed)
         made = make_plan(parsed, None if data is None else card_for(data.source, PLANNING_CARDS), gpu)
     if as_json:

@@ -16,15 +16,16 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from configs.calibration import Calibration
 from configs.data import FolderSource
 from configs.datasets import PLANNING_CARDS, card_for
 from configs.errors import FieldError, SpecError, close_matches, to_pointer
 from configs.ids import JOB_ID, new_job_id
-from configs.load import apply_overrides, parse_spec, parse_text
-from configs.plan import Plan, plan
+from configs.load import apply_overrides, parse_for_plan, parse_spec, parse_text
+from configs.plan import Plan, plan, plan_of_trials
 from configs.probe_cards import fill_probes, probed_sources
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
-from configs.search_trials import check_search, resolve_search
+from configs.search_trials import check_search, resolve_search, undecided, with_fixed_base
 from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, SearchJob, TrainingJob
 from configs.states import JobState
 from configs.wire import DatasetCard
@@ -42,7 +43,6 @@ from orchestrator.storage.registry import resolve_ref
 from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow, SearchRow
 
 _Found = TypeVar("_Found")
-_UNDECIDED = "ckpt_undecided"
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def plan_job(db: Database, request: Request) -> Plan:
         calibration = calibrate(session)
         spec = _parse(request, for_plan=True)
         if isinstance(spec, SearchJob):
-            return _prepare_search(session, spec, hold=False).plan
+            return _plan_search(session, spec, request.gpu, calibration)
         spec, card, source, _ = _look_up(session, spec, for_plan=True, hold=False)
     return plan(spec, card, request.gpu, source, calibration)
 
@@ -256,11 +256,26 @@ def _prepare_search(session: Session, search: SearchJob, *, hold: bool) -> Prepa
         made.append(prepared)
         return prepared.spec
 
+    # What a preset says now is what every trial is made of, however long the search goes on.
+    search = with_fixed_base(search)
     resolved = resolve_search(search, check_search(search, complete))
-    note = f"Of one trial; the search makes {resolved.budget.trials}."
-    of_trial = made[0].plan
-    planned = of_trial.model_copy(update={"notes": (note, *of_trial.notes)})
-    return Prepared(resolved, None, made[0].init_from, planned)
+    return Prepared(resolved, None, made[0].init_from, plan_of_trials(resolved, made[0].plan))
+
+
+def _plan_search(session: Session, search: SearchJob, gpu: str | None, calibration: Calibration) -> Plan:
+    """The plan of a search whose base may name a checkpoint that does not exist yet."""
+    _check_dependencies(session, search)
+    made: list[Plan] = []
+
+    def complete(raw: dict[str, Any]) -> TrainingJob:
+        spec, card, source, _ = _look_up(session, parse_spec(raw), for_plan=True, hold=False)
+        resolved = resolve(spec, card, source)
+        assert isinstance(resolved, TrainingJob), "trials are trainings"
+        made.append(plan(spec, card, gpu, source, calibration))
+        return resolved
+
+    search = with_fixed_base(undecided(search))
+    return plan_of_trials(resolve_search(search, check_search(search, complete)), made[0])
 
 
 def registered_datasets(session: Session) -> dict[str, DatasetCard]:
@@ -306,16 +321,7 @@ def _look_up(
 
 def _parse(request: Request, *, for_plan: bool) -> JobSpec:
     raw = apply_overrides(request.spec, request.overrides)
-    try:
-        return parse_spec(raw)
-    except SpecError as error:
-        if not for_plan or "init_from" in raw or [fault.pointer for fault in error.errors] != ["/init_from"]:
-            raise
-        # To plan a fine-tune that says its own sizes, the checkpoint need not be chosen yet.
-        spec = parse_spec({**raw, "init_from": _UNDECIDED})
-        if isinstance(spec, FinetuneJob) and spec.model.has_sizes:
-            return spec
-        raise
+    return parse_for_plan(raw) if for_plan else parse_spec(raw)
 
 
 def _collect(faults: list[FieldError], step: Callable[[], _Found]) -> _Found | None:

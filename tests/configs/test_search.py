@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from configs.datasets import PLANNING_CARDS, card_for
 from configs.errors import SpecError
-from configs.load import list_presets, load_preset, parse_spec
+from configs.load import list_presets, load_preset, parse_for_plan, parse_spec
+from configs.plan import plan
 from configs.resolve import canonical_json, data_of, load_resolved, resolve
 from configs.search import (
     Choice,
@@ -25,7 +26,7 @@ from configs.search import (
     in_order,
     value_at_unit,
 )
-from configs.search_trials import check_search, resolve_search, trial_spec, workers_per_trial
+from configs.search_trials import check_search, resolve_search, trial_spec, with_fixed_base, workers_per_trial
 from configs.spec import SearchJob, TrainingJob
 
 BASE: dict[str, Any] = {
@@ -61,10 +62,18 @@ def complete(raw: dict[str, Any]) -> TrainingJob:
     return resolve(spec, card_for(data.source, {}), None)
 
 
+def planned(raw: dict[str, Any]) -> TrainingJob:
+    """As plans resolve it: with the data sets they know."""
+    spec = parse_spec(raw)
+    assert isinstance(spec, TrainingJob)
+    return resolve(spec, card_for(spec.data.source, PLANNING_CARDS), None)
+
+
 def checked(raw: dict[str, Any]) -> SearchJob:
     """As submission resolves it."""
     spec = parse_spec(raw)
     assert isinstance(spec, SearchJob)
+    spec = with_fixed_base(spec)
     return resolve_search(spec, check_search(spec, complete))
 
 
@@ -93,6 +102,7 @@ def faults(raw: dict[str, Any]) -> dict[str, str]:
         ({"metric": "eval/top2"}, "/metric", "Did you mean eval/top"),
         ({"metric": "eval/few_shot/5"}, "/metric", "never comes"),
         ({"base__eval": {"at_end": False}}, "/metric", "Nothing is evaluated"),
+        ({"base__eval": {"at_end": False, "every_steps": 101}}, "/metric", "base.eval.every_steps to at most 100"),
         ({"mode": "min"}, "/mode", "eval/top1 is better the higher"),
         ({"repeats": 3}, "/budget/trials", "4 is no multiple of repeats 3"),
         ({"repeats": 2, "scheduler": {"name": "asha", "grace_steps": 10}}, "/repeats", "judges single trials"),
@@ -180,11 +190,6 @@ TABLE_4 = {
 
 @pytest.mark.parametrize("name", TABLE_4)
 def test_the_papers_learning_rates_are_a_preset_for_each_data_set(name: str) -> None:
-    def planned(raw: dict[str, Any]) -> TrainingJob:
-        spec = parse_spec(raw)
-        assert isinstance(spec, TrainingJob)
-        return resolve(spec, card_for(spec.data.source, PLANNING_CARDS), None)
-
     search = parse_spec({"preset": f"search/{name}-lr", "base": {"init_from": "ckpt_x"}})
     assert isinstance(search, SearchJob)
     rates, share = TABLE_4[name]
@@ -199,6 +204,45 @@ def test_the_papers_learning_rates_are_a_preset_for_each_data_set(name: str) -> 
     header = load_preset(f"search/{name}-lr")
     assert header.command.startswith(f"patchwork search create --preset search/{name}-lr")
     assert header.shown == "no"
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_a_search_preset_is_planned_without_a_server_and_a_checkpoint(name: str) -> None:
+    search = parse_for_plan({"preset": f"search/{name}-lr"})
+    made = plan(search, None, "A100-80GB:8")
+    assert made.kind == "finetune"
+    assert made.notes[0] == "Of one trial; the search makes 4 trials and a final run."
+    assert made.gpu_hours is not None
+    assert made.notes[1] == f"All of them together take {5 * made.gpu_hours:,.3g} GPU-hours."
+
+
+def test_a_preset_that_changes_later_changes_no_trial_to_come() -> None:
+    asked = searching(base={"preset": "demo/fashion-mnist-pretrain", "data": {"holdout": {"fraction": 0.1}}}, final={})
+    search = parse_spec(asked)
+    assert isinstance(search, SearchJob)
+    fixed = with_fixed_base(search)
+    assert "preset" not in fixed.base
+    assert_same_trials(search, fixed, {"optim.lr": 0.02})
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_a_preset_written_out_makes_the_same_trials(name: str) -> None:
+    search = parse_spec({"preset": f"search/{name}-lr", "base": {"init_from": "ckpt_x"}})
+    assert isinstance(search, SearchJob)
+    assert_same_trials(search, with_fixed_base(search), {"optim.lr": 0.01})
+
+
+def assert_same_trials(search: SearchJob, other: SearchJob, setting: dict[str, Any]) -> None:
+    """The trial of this setting and the final run, but for the preset's name."""
+    for final in (False, True):
+        made = [planned(trial_spec(s, setting, final=final)).model_dump(exclude={"preset"}) for s in (search, other)]
+        assert made[0] == made[1]
+
+
+def test_a_base_that_is_not_valid_is_said_to_be_so_with_its_preset() -> None:
+    base = {"preset": "demo/fashion-mnist-pretrain", "optim": {"lrr": 1.0}}
+    assert "unknown field 'lrr'" in faults(searching(base=base))["/base/optim/lrr"]
+    assert "unknown preset 'demo/x'" in faults(searching(base={"preset": "demo/x"}))["/base/preset"]
 
 
 def test_every_search_preset_is_one_of_these() -> None:

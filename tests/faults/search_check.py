@@ -27,6 +27,7 @@ from configs.ids import parse_checkpoint_id
 from configs.resolve import load_resolved
 from configs.spec import SearchJob
 from orchestrator.client import Client
+from orchestrator.connection import Unreachable
 from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from orchestrator.schemas import JobPublic
@@ -60,6 +61,23 @@ def driver_pid(client: Client, job_id: str) -> int:
     return until("the driver reports", probe, DEADLINE_S)
 
 
+def server_pid(stack: Stack) -> int | None:
+    """The API's server, below its guardian; None while there is none."""
+    try:
+        children = psutil.Process(stack.pid("API")).children()
+    except psutil.NoSuchProcess:
+        return None
+    return children[0].pid if children else None
+
+
+def answers(client: Client, job_id: str) -> bool:
+    try:
+        client.jobs.get(job_id)
+    except Unreachable:
+        return False
+    return True
+
+
 def trains(client: Client, job_id: str) -> None:
     """Until a trial's job has done a step, or ended."""
     until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, DEADLINE_S)
@@ -72,8 +90,14 @@ def killed(client: Client, stack: Stack, num_trials: int) -> str:
     trains(client, trial_job(client, search.id, 2, DEADLINE_S))
     os.kill(driver_pid(client, search.id), signal.SIGKILL)
     trains(client, trial_job(client, search.id, 4, DEADLINE_S))
-    (server,) = psutil.Process(stack.pid("api")).children()
-    os.kill(server.pid, signal.SIGKILL)
+    server = server_pid(stack)
+    assert server is not None, "the API has no server"
+    os.kill(server, signal.SIGKILL)
+    until(
+        "the API answers again",
+        lambda: server_pid(stack) not in (None, server) and answers(client, search.id),
+        DEADLINE_S,
+    )
     job = succeeded(client, search.id)
     reasons = [attempt.exit_reason for attempt in job.attempts]
     check(reasons == ["DRIVER_LOST", "COMPLETED"], f"attempts ended {reasons}")

@@ -129,7 +129,7 @@ def test_a_search_is_planned_as_its_trial_and_waits_for_whole_trials(api: TestCl
     spec = search_spec(concurrency={"min": 1, "max": 2})
     plan = api.post("/v1/plans", json={"spec": spec}).json()
     assert plan["steps"] == 100
-    assert plan["notes"][0] == "Of one trial; the search makes 3."
+    assert plan["notes"][0] == "Of one trial; the search makes 3 trials."
     assert api.post("/v1/jobs", json={"spec": spec}).status_code == 201
     with db.reader() as session:
         (waiting,) = load_view(session, datetime.now(UTC)).waiting

@@ -184,3 +184,12 @@ def test_the_final_run_is_the_best_setting_once() -> None:
     assert (final.role, final.params, final.number) == ("final", best.params, 5)
     book.note(rows.create(final))
     assert book.final_trial() is None
+
+
+def test_a_trial_that_ends_without_the_metric_says_that_none_will_have_it() -> None:
+    book = Book(make_search(), SearchState(job_id="job_x", num_trials=24))
+    ended = TrialRecord(number=3, job_id="job_3", state=JobState.SUCCEEDED, setting=2, params={})
+    assert book.why_metric_is_missing(ended) == ("Trial 3 came to its end without a value of eval/top1: none will.")
+    assert book.why_metric_is_missing(ended.model_copy(update={"has_metric": True})) is None
+    for state in (JobState.FAILED, JobState.CANCELLED, JobState.RUNNING):
+        assert book.why_metric_is_missing(ended.model_copy(update={"state": state})) is None

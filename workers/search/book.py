@@ -92,6 +92,13 @@ class Book:
             self._num_told = max(self._num_told, trial.told)
             self._tell_complete(self._num_told)
 
+    def why_metric_is_missing(self, trial: TrialRecord) -> str | None:
+        """Why no trial will have a value of the metric: this one came to its end without. None if it has one, not a
+        number included, or did not come to its end."""
+        if trial.state is not JobState.SUCCEEDED or trial.has_metric:
+            return None
+        return f"Trial {trial.number} came to its end without a value of {self.search.metric}: none will."
+
     # -- replaying -----------------------------------------------------------------------------------------------------
     def _replay(self) -> None:
         sampled = [t for _, t in sorted(self.trials.items()) if self._is_sampled(t)]

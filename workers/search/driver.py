@@ -33,7 +33,7 @@ from configs.search import Asha, MedianStopping, Pbt
 from configs.search_trials import workers_per_trial
 from configs.search_wire import TrialCreate, TrialEnded, TrialRecord
 from configs.spec import SearchJob
-from configs.states import Desired, JobState
+from configs.states import Desired
 from configs.wire import AttemptFile, ClaimRequest, ExitFile, Heartbeat, MetricPoint
 from workers import logs
 from workers.control_plane import ControlPlaneError, SearchPlane, Superseded, Unreachable
@@ -414,8 +414,8 @@ class SearchDriver:
         if trial.value is not None and trial.told is not None:
             point = MetricPoint(name="search/value", step=trial.told, value=trial.value, at=datetime.now(UTC))
             self._forwarder.put(Drained(metrics=(point,)))
-        if trial.state is JobState.SUCCEEDED and not trial.has_metric and self._stop_reason is None:
-            message = f"Trial {trial.number} came to its end without a value of {self._search.metric}: none will."
+        message = self.book.why_metric_is_missing(trial)
+        if message is not None and self._stop_reason is None:
             self._stop_reason = ExitReason.METRIC_MISSING, message
 
     def _finish(self) -> tuple[ExitReason, str]:
