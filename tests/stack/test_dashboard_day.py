@@ -39,9 +39,8 @@ def test_a_day_at_the_dashboard(
     client: Client,
     tmp_path: Path,
 ) -> None:
-    failed = client.jobs.create(
-        pretraining(name="nowhere", data={"source": {"type": "torchvision", "name": "CIFAR10", "download": "never"}})
-    ).id
+    nowhere = {"type": "torchvision", "name": "CIFAR10", "download": "never"}
+    failed = client.jobs.create(pretraining(name="nowhere", data={"source": nowhere}, resources__workers=1)).id
     with visiting(browser, stack.url) as visitor:
         page = visitor.page
         # From `patchwork up` to the form.
