@@ -51,9 +51,11 @@ def test_a_day_at_the_dashboard(
         page.get_by_role("link", name="Submit", exact=True).click()
         page.get_by_label("Preset").select_option("demo/fashion-mnist-pretrain")
         page.get_by_role("textbox", name="Name").first.fill("my day")
-        page.get_by_label("Total epochs").fill("1")
+        page.get_by_label("Total epochs").fill("3")
+        page.get_by_text("Data", exact=True).click()
+        page.get_by_label("Subset: fraction").fill("0.1")
         page.get_by_text("Training", exact=True).click()
-        page.get_by_label("Log every steps").fill("5")
+        page.get_by_label("Log every steps").fill("1")
         expect(page.get_by_text("Valid: it can be submitted.")).to_be_visible()
         page.get_by_role("button", name="Submit", exact=True).click()
 
