@@ -107,7 +107,7 @@ def test_a_day_at_the_dashboard(
         assert fetch(client, command.split()[-1], tmp_path / "fetched").num_parameters == num_parameters(job)
 
         # A checkpoint is fetched through the page: exported, and downloaded.
-        page.get_by_role("button", name=f"Export the checkpoint of step {saved.step:,}").click()
+        page.get_by_role("button", name=f"Export the checkpoint of step {job.progress.step:,}").click()
         page.get_by_role("dialog").get_by_label("Format").select_option("timm")
         page.get_by_role("button", name="Export it").click()
         page.get_by_role("heading", name="my day-timm").wait_for()
