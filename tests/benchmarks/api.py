@@ -87,7 +87,7 @@ class Patchwork:
         targets = itertools.cycle(self.attempts)
         return [
             Call("POST", f"/internal/v1/attempts/{next(targets)}/reports", body, headers)
-            for body in _batches(self.sequence, points_in(operation), count)
+            for body in batches(self.sequence, points_in(operation), count)
         ]
 
     def note(self, operation: str, load: Load) -> None:
@@ -112,8 +112,8 @@ class Bare:
         if operation == "list":
             return [Call("GET", "/jobs?limit=50")] * count
         targets = itertools.cycle(self.ids[: CLIENTS[-1]])
-        batches = _batches(self.sequence, points_in(operation), count)
-        return [Call("POST", f"/points/{next(targets)}", body) for body in batches]
+        bodies = batches(self.sequence, points_in(operation), count)
+        return [Call("POST", f"/points/{next(targets)}", body) for body in bodies]
 
     def note(self, operation: str, load: Load) -> None:
         if operation == "create":
@@ -168,7 +168,7 @@ def _some(ids: list[str], count: int) -> list[str]:
     return [ids[n * 7919 % len(ids)] for n in range(count)]
 
 
-def _batches(sequence: Iterator[int], num_points: int, count: int) -> list[bytes]:
+def batches(sequence: Iterator[int], num_points: int, count: int) -> list[bytes]:
     """Reports of points that were never sent before."""
     found = []
     per_name = num_points // NUM_NAMES

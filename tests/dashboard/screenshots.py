@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -27,6 +28,7 @@ LOOKS = {
     "dark": {"color_scheme": "dark"},
     "narrow": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}},
 }
+_ON_CPU = {"resources": {"gpus_per_worker": 0}}
 IN_DOCS = {"job-light": "dashboard-job.png", "compare-dark": "dashboard-compare.png"}
 
 
@@ -51,7 +53,8 @@ def running_stack() -> Iterator[Stack]:
 
 
 def make_jobs(client: Client) -> dict[str, str]:
-    """Jobs to look at: two that are done, one that runs, one that waits, one that failed. Returns their ids."""
+    """Jobs to look at: two that are done and what was made of one of them, a search, one that runs, one that waits, one
+    that failed. Returns their ids."""
     jobs = client.jobs
     settings = {"eval__every_steps": 20, "train__log_every_steps": 1, "resources__workers": 1}
     done = [
@@ -63,12 +66,38 @@ def make_jobs(client: Client) -> dict[str, str]:
     for job_id in done:
         jobs.wait(job_id, 600)
     until("the failure", lambda: jobs.get(failed).is_terminal, 300)
+    start = client.checkpoints.find(f"{done[0]}/latest").id
+    fork = jobs.fork(done[0], {"checkpoint.every_steps": 40}, checkpoint=client.jobs.checkpoints(done[0])[-1].id)
+    exported = jobs.create({"kind": "export", "name": "fashion-timm", "init_from": start, "format": "timm", **_ON_CPU})
+    search = jobs.create(_search())
+    for job_id in (fork.id, exported.id, search.id):
+        jobs.wait(job_id, 900)
     running = jobs.create(
         pretraining(name="fashion-ti7-long", schedule__total_steps=4000, labels={"team": "vision"}, **settings)
     ).id
     waiting = jobs.create(pretraining(name="fashion-b16-16-workers", resources__workers=16)).id
     until("it trains", lambda: jobs.get(running).progress.step > 60, 300)
-    return {"done": done[0], "other": done[1], "failed": failed, "running": running, "waiting": waiting}
+    ids = {"done": done[0], "other": done[1], "failed": failed, "running": running, "waiting": waiting}
+    return ids | {"search": search.id, "exported": exported.id}
+
+
+def _search() -> dict[str, Any]:
+    """Six short trials of a learning rate and an optimizer."""
+    base = pretraining(
+        schedule={"total_steps": 40, "warmup_steps": 4},
+        checkpoint={"every_steps": 20, "keep_last": 1},
+        eval={"every_steps": 10, "batch_size": 500},
+        data__holdout={"fraction": 0.02},
+        data__subset=None,
+        data__augment={"crop": "resize"},
+        zero={"stage": 0},
+        resources__workers=1,
+    )
+    space = {
+        "optim.lr": {"type": "log_uniform", "low": 1e-4, "high": 1e-2},
+        "optim.weight_decay": {"type": "log_uniform", "low": 1e-4, "high": 1e-1},
+    }
+    return {"kind": "search", "name": "fashion-lr-decay", "base": base, "space": space, "budget": {"trials": 6}}
 
 
 def take(browser: Browser, stack: Stack, ids: dict[str, str], out: Path) -> None:
@@ -81,6 +110,8 @@ def take(browser: Browser, stack: Stack, ids: dict[str, str], out: Path) -> None
         "logs": f"/jobs/{ids['done']}?tab=logs",
         "checkpoints": f"/jobs/{ids['done']}?tab=checkpoints",
         "description": f"/jobs/{ids['done']}?tab=description",
+        "search": f"/jobs/{ids['search']}",
+        "exported": f"/jobs/{ids['exported']}",
         "failed": f"/jobs/{ids['failed']}",
         "submit": "/submit?preset=demo/fashion-mnist-pretrain",
         "compare": f"/compare?jobs={ids['done']},{ids['other']}",
@@ -101,7 +132,7 @@ def take(browser: Browser, stack: Stack, ids: dict[str, str], out: Path) -> None
 
 def _settle(page: Page, name: str) -> None:
     page.wait_for_function("window.socket && window.socket.connected")
-    if name in ("job", "compare"):
+    if name in ("job", "compare", "search", "checkpoints"):
         page.locator("[data-points]").first.wait_for()
     elif name == "logs":
         page.locator(".logbox .line").first.wait_for()
