@@ -353,6 +353,7 @@ class SearchDriver:
                 self._search.seed,
                 before_step,
                 total,
+                {live.record.number for live in self._live.values()},
             )
             return None if found is None else self._replace(run, found)
         return None
