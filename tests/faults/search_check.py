@@ -185,7 +185,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", choices=SCENARIOS, action="append")
     parser.add_argument("--trials", type=int, default=None, help="default: 8 in killed, 50 in leaks")
     given = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="pw-sc-"))
+    folder = Path(tempfile.mkdtemp(prefix="pw-"))
+    # For this program and all it starts: what others leave in the system's one is not looked at.
+    temporary = folder / "t"
+    temporary.mkdir()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     data_root = folder / "data"
     data_root.mkdir()
     (data_root / "fashion-mnist").symlink_to(fashion_mnist_folder())
