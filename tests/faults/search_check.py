@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -27,14 +26,12 @@ from configs.ids import parse_checkpoint_id
 from configs.resolve import load_resolved
 from configs.spec import SearchJob
 from orchestrator.client import Client
-from orchestrator.connection import Unreachable
 from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from orchestrator.schemas import JobPublic
-from orchestrator.search_schemas import TrialPublic
-from tests.stack.jobs import fashion_mnist_folder, until
-from tests.stack.test_search import assert_nothing_is_placed, searching, trial_job
-from workers.search.samplers import Outcome, make_sampler
+from tests.stack.jobs import fashion_mnist_folder
+from tests.stack.test_search import assert_nothing_is_placed, search_whose_driver_and_api_die, searching
+from workers.search.samplers import make_sampler
 
 DEADLINE_S = 1800.0
 
@@ -51,58 +48,10 @@ def succeeded(client: Client, job_id: str) -> JobPublic:
     return job
 
 
-def driver_pid(client: Client, job_id: str) -> int:
-    """The process that reports for the search's last attempt."""
-
-    def probe() -> int | None:
-        attempts = client.jobs.get(job_id).attempts
-        return attempts[-1].ranks[0].pid if attempts and attempts[-1].ranks else None
-
-    return until("the driver reports", probe, DEADLINE_S)
-
-
-def answers(client: Client, job_id: str) -> bool:
-    try:
-        client.jobs.get(job_id)
-    except Unreachable:
-        return False
-    return True
-
-
-def trains(client: Client, job_id: str) -> None:
-    """Until a trial's job has done a step, or ended."""
-    until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, DEADLINE_S)
-
-
 # -- the scenarios -----------------------------------------------------------------------------------------------------
 def killed(client: Client, stack: Stack, num_trials: int) -> str:
-    asked = searching(algorithm="tpe", budget={"trials": num_trials}, concurrency=1, seed=3, name="killed")
-    search = client.jobs.create(asked)
-    trains(client, trial_job(client, search.id, 2, DEADLINE_S))
-    os.kill(driver_pid(client, search.id), signal.SIGKILL)
-    trains(client, trial_job(client, search.id, 4, DEADLINE_S))
-    (server,) = psutil.Process(stack.pid("API")).children()
-    os.kill(server.pid, signal.SIGKILL)
-    until("the API answers again", lambda: answers(client, search.id), DEADLINE_S)
-    job = succeeded(client, search.id)
-    reasons = [attempt.exit_reason for attempt in job.attempts]
-    check(reasons == ["DRIVER_LOST", "COMPLETED"], f"attempts ended {reasons}")
-    trials = client.searches.trials(search.id)
-    numbers = [(t.number, t.state) for t in trials]
-    check(numbers == [(n, "SUCCEEDED") for n in range(1, num_trials + 1)], f"trials {numbers}")
-    check(len({t.job_id for t in trials}) == num_trials, "a trial was run as two")
-    assert_suggestions_of_an_undisturbed_run(job.spec, trials)
-    return f"{num_trials} trials, each once, with the settings of an undisturbed run; attempts ended {reasons}"
-
-
-def assert_suggestions_of_an_undisturbed_run(spec: dict[str, Any], trials: tuple[TrialPublic, ...]) -> None:
-    """Each setting is what the sampler gives after it was told of all trials before, one after the other."""
-    search = load_resolved(spec)
-    assert isinstance(search, SearchJob)
-    sampler = make_sampler(search)
-    for index, trial in enumerate(trials):
-        check(sampler.ask(index) == trial.params, f"trial {trial.number} has another setting")
-        sampler.tell(index, trial.params, Outcome(trial.value, trial.step))
+    attempts = search_whose_driver_and_api_die(client, stack, num_trials, driver_at=2, api_at=4)
+    return f"{num_trials} trials, each once, with the settings of an undisturbed run; attempts ended {attempts}"
 
 
 def population(client: Client, stack: Stack, num_trials: int) -> str:
