@@ -143,11 +143,11 @@ def main(argv: list[str]) -> int:
     data_root.mkdir()
     (data_root / "fashion-mnist").symlink_to(fashion_mnist_folder())
     stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=8, data_root=data_root)
-    stack.start()
     stop = threading.Event()
     watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
-    watcher.start()
     try:
+        stack.start()
+        watcher.start()
         with Client(stack.url, stack.token) as client:
             for name in given.only or SCENARIOS:
                 began = time.monotonic()
@@ -158,7 +158,8 @@ def main(argv: list[str]) -> int:
         return 1
     finally:
         stop.set()
-        watcher.join()
+        if watcher.is_alive():
+            watcher.join()
         stack.stop()
         shutil.rmtree(folder, ignore_errors=True)
     return 0
