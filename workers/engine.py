@@ -8,6 +8,7 @@ only time per step that the host waits for the device.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,19 @@ from vit.optim import build_optimizer, freeze, set_learning_rate
 from workers.deepspeed_config import deepspeed_config
 from workers.distributed import Ranks
 from workers.owned import create_moments, locate_parameters
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """While it lasts, importing `module` fails as where it is not installed; no change if it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 @dataclass(frozen=True)
@@ -143,9 +157,11 @@ def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_
 
 def _import_deepspeed() -> Any:
     # Imported here: the import takes seconds and reads the environment that init_ranks sets.
-    import deepspeed
-    import deepspeed.comm
-    import deepspeed.ops
+    # Its autotuner, of which nothing is used, imports mlflow where that is installed: seconds of every start.
+    with hidden("mlflow"):
+        import deepspeed
+        import deepspeed.comm
+        import deepspeed.ops
 
     # torch tells DeepSpeed to use newer names of its collectives; that is for DeepSpeed to hear, not for users.
     warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)

@@ -44,7 +44,7 @@ def create(
 
       patchwork search create lr.yaml --follow
 
-      patchwork search create --preset search/paper/flowers-lr --set base.init_from=job_.../best
+      patchwork search create --preset search/flowers-lr --set base.init_from=job_.../best
     """
     raw = read_spec(spec, preset)
     with client_for(ctx, url, token) as client:

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     spec = json.loads(Path(spec_file).read_text())
     rates = tune.grid_search(spec["space"]["optim.lr"]["values"])
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0}),
+        tune.with_resources(trial, {"CPU": 1}),
         param_space={"base": spec["base"], "data_root": data_root, "out": out, "lr": rates},
         tune_config=tune.TuneConfig(max_concurrent_trials=spec["concurrency"]),
         run_config=tune.RunConfig(storage_path=str(Path(out) / "ray-tune")),

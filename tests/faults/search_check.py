@@ -10,9 +10,9 @@ Prints what each took and found; exits with 1 at the first that does not hold.
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -27,14 +27,12 @@ from configs.ids import parse_checkpoint_id
 from configs.resolve import load_resolved
 from configs.spec import SearchJob
 from orchestrator.client import Client
-from orchestrator.connection import Unreachable
 from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from orchestrator.schemas import JobPublic
-from orchestrator.search_schemas import TrialPublic
-from tests.stack.jobs import fashion_mnist_folder, until
-from tests.stack.test_search import assert_nothing_is_placed, searching, trial_job
-from workers.search.samplers import Outcome, make_sampler
+from tests.stack.jobs import fashion_mnist_folder
+from tests.stack.test_search import assert_nothing_is_placed, search_whose_driver_and_api_die, searching
+from workers.search.samplers import make_sampler
 
 DEADLINE_S = 1800.0
 
@@ -51,84 +49,27 @@ def succeeded(client: Client, job_id: str) -> JobPublic:
     return job
 
 
-def driver_pid(client: Client, job_id: str) -> int:
-    """The process that reports for the search's last attempt."""
-
-    def probe() -> int | None:
-        attempts = client.jobs.get(job_id).attempts
-        return attempts[-1].ranks[0].pid if attempts and attempts[-1].ranks else None
-
-    return until("the driver reports", probe, DEADLINE_S)
-
-
-def server_pid(stack: Stack) -> int | None:
-    """The API's server, below its guardian; None while there is none."""
-    try:
-        children = psutil.Process(stack.pid("API")).children()
-    except psutil.NoSuchProcess:
-        return None
-    return children[0].pid if children else None
-
-
-def answers(client: Client, job_id: str) -> bool:
-    try:
-        client.jobs.get(job_id)
-    except Unreachable:
-        return False
-    return True
-
-
-def trains(client: Client, job_id: str) -> None:
-    """Until a trial's job has done a step, or ended."""
-    until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, DEADLINE_S)
-
-
 # -- the scenarios -----------------------------------------------------------------------------------------------------
 def killed(client: Client, stack: Stack, num_trials: int) -> str:
-    asked = searching(algorithm="tpe", budget={"trials": num_trials}, concurrency=1, seed=3, name="killed")
-    search = client.jobs.create(asked)
-    trains(client, trial_job(client, search.id, 2, DEADLINE_S))
-    os.kill(driver_pid(client, search.id), signal.SIGKILL)
-    trains(client, trial_job(client, search.id, 4, DEADLINE_S))
-    server = server_pid(stack)
-    assert server is not None, "the API has no server"
-    os.kill(server, signal.SIGKILL)
-    until(
-        "the API answers again",
-        lambda: server_pid(stack) not in (None, server) and answers(client, search.id),
-        DEADLINE_S,
-    )
-    job = succeeded(client, search.id)
-    reasons = [attempt.exit_reason for attempt in job.attempts]
-    check(reasons == ["DRIVER_LOST", "COMPLETED"], f"attempts ended {reasons}")
-    trials = client.searches.trials(search.id)
-    numbers = [(t.number, t.state) for t in trials]
-    check(numbers == [(n, "SUCCEEDED") for n in range(1, num_trials + 1)], f"trials {numbers}")
-    check(len({t.job_id for t in trials}) == num_trials, "a trial was run as two")
-    assert_suggestions_of_an_undisturbed_run(job.spec, trials)
-    return f"{num_trials} trials, each once, with the settings of an undisturbed run; attempts ended {reasons}"
-
-
-def assert_suggestions_of_an_undisturbed_run(spec: dict[str, Any], trials: tuple[TrialPublic, ...]) -> None:
-    """Each setting is what the sampler gives after it was told of all trials before, one after the other."""
-    search = load_resolved(spec)
-    assert isinstance(search, SearchJob)
-    sampler = make_sampler(search)
-    for index, trial in enumerate(trials):
-        check(sampler.ask(index) == trial.params, f"trial {trial.number} has another setting")
-        sampler.tell(index, trial.params, Outcome(trial.value, trial.step))
+    attempts = search_whose_driver_and_api_die(client, stack, num_trials, driver_at=2, api_at=4)
+    return f"{num_trials} trials, each once, with the settings of an undisturbed run; attempts ended {attempts}"
 
 
 def population(client: Client, stack: Stack, num_trials: int) -> str:
     space = {"optim.lr": {"type": "log_uniform", "low": 1e-6, "high": 1e-2}}
     asked = searching(
-        scheduler={"name": "pbt", "interval_steps": 8, "quantile": 0.5, "resample_probability": 0.0},
+        scheduler={"name": "pbt", "interval_steps": 40, "quantile": 0.5, "resample_probability": 0.0},
         space=space,
         budget={"trials": 2},
         concurrency=2,
-        seed=seed_of_a_bad_and_a_good_one(space),
+        seed=seed_of_a_good_and_a_bad_one(space),
         name="population",
     )
+    asked["base"] |= {
+        "schedule": {"total_steps": 200, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 40, "keep_last": 10},
+        "eval": {"every_steps": 40, "batch_size": 500},
+    }
     search = client.jobs.create(asked)
     succeeded(client, search.id)
     trials = {t.number: t for t in client.searches.trials(search.id, curves=True)}
@@ -144,18 +85,20 @@ def population(client: Client, stack: Stack, num_trials: int) -> str:
         first = client.jobs.get(trial.job_id).attempts[0]
         source, step, _ = parse_checkpoint_id(first.from_checkpoint or "")
         check((source, step) == (parent.job_id, first.from_step), "it began elsewhere")
-        check(trial.state == "SUCCEEDED" and (trial.value or 0) > (replaced.value or 0), f"{trial} {replaced}")
+    ended = [t for t in trials.values() if t.state == "SUCCEEDED"]
+    check(len(ended) == 2, f"{len(ended)} members came to their end")
+    check(all((t.value or 0) > (trials[2].value or 0) for t in ended), "no better than the bad one")
     return f"{len(made)} replaced; values {[round(t.value or 0, 3) for t in trials.values()]}"
 
 
-def seed_of_a_bad_and_a_good_one(space: dict[str, Any]) -> int:
-    """Of a population of two, one that learns nothing and one that does."""
+def seed_of_a_good_and_a_bad_one(space: dict[str, Any]) -> int:
+    """Of a population of two, one that learns and one that does not."""
     for seed in range(1000):
         search = load_resolved(searching(space=space, seed=seed))
         assert isinstance(search, SearchJob)
         sampler = make_sampler(search)
         rates = [(sampler.ask(index) or {})["optim.lr"] for index in range(2)]
-        if rates[0] < 1e-5 and 2e-3 < rates[1] < 6e-3:
+        if 2e-3 < rates[0] < 6e-3 and rates[1] < 1e-5:
             return seed
     raise AssertionError("no such seed")
 
@@ -172,7 +115,9 @@ def leaks(client: Client, stack: Stack, num_trials: int) -> str:
     took_s = time.monotonic() - began
     check(len(client.searches.trials(search.id)) == num_trials, "another number of trials")
     assert_nothing_is_placed(stack)
-    left = sorted(set(os.listdir(tempfile.gettempdir())) - before)
+    # torch keeps one folder of compiled kernels for each user, however many trials there are.
+    kept = {f"torchinductor_{getpass.getuser()}"}
+    left = sorted(set(os.listdir(tempfile.gettempdir())) - before - kept)
     check(not left, f"left in the temporary directory: {left}")
     ours = f"ray::{'RankProcess'}"
     running = [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(ours)]
@@ -192,16 +137,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", choices=SCENARIOS, action="append")
     parser.add_argument("--trials", type=int, default=None, help="default: 8 in killed, 50 in leaks")
     given = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="pw-sc-"))
+    folder = Path(tempfile.mkdtemp(prefix="pw-"))
+    # For this program and all it starts: what others leave in the system's one is not looked at.
+    temporary = folder / "t"
+    temporary.mkdir()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     data_root = folder / "data"
     data_root.mkdir()
     (data_root / "fashion-mnist").symlink_to(fashion_mnist_folder())
     stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=8, data_root=data_root)
-    stack.start()
     stop = threading.Event()
     watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
-    watcher.start()
     try:
+        stack.start()
+        watcher.start()
         with Client(stack.url, stack.token) as client:
             for name in given.only or SCENARIOS:
                 began = time.monotonic()
@@ -212,7 +161,8 @@ def main(argv: list[str]) -> int:
         return 1
     finally:
         stop.set()
-        watcher.join()
+        if watcher.is_alive():
+            watcher.join()
         stack.stop()
         shutil.rmtree(folder, ignore_errors=True)
     return 0

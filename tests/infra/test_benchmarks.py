@@ -52,6 +52,7 @@ def test_a_report_holds_every_value(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"train_throughput", "start_latency", "save_stall", "comm_bytes"} <= set(programs())
+    assert {"train_throughput", "start_latency", "save_stall", "comm_bytes", "search"} <= set(programs())
+    assert "start_script" not in programs(), "it is run by start_latency"
     assert main(["save_stal", "--", "--repetitions", "1"]) == 2
     assert "benchmark 'save_stal', must be one of " in capsys.readouterr().err

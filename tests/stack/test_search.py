@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 import vit
+from configs.resolve import load_resolved
+from configs.spec import SearchJob
 from orchestrator.client import Client
+from orchestrator.connection import Unreachable
 from orchestrator.embedded.stack import Stack
 from orchestrator.fetch import fetch
 from orchestrator.schemas import JobPublic
 from tests.stack.jobs import finished, pretraining, running_attempt, until
+from workers.search.samplers import Outcome, make_sampler
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 DEADLINE_S = 400.0
@@ -109,6 +114,62 @@ def test_a_search_loses_a_worker_and_no_trial(client: Client, stack: Stack, tmp_
     fetched = fetch(client, f"{best.job_id}/best", tmp_path / "model")
     assert vit.load(fetched.folder).config.embed_dim == 32
     assert_nothing_is_placed(stack)
+
+
+def driver_pid(client: Client, job_id: str) -> int:
+    """The process that reports for the search's last attempt."""
+
+    def probe() -> int | None:
+        attempts = client.jobs.get(job_id).attempts
+        return attempts[-1].ranks[0].pid if attempts and attempts[-1].ranks else None
+
+    return until("the driver reports", probe, DEADLINE_S)
+
+
+def trains(client: Client, job_id: str) -> None:
+    """Until a trial's job has done a step, or ended."""
+    until(f"{job_id} trains", lambda: (j := client.jobs.get(job_id)).is_terminal or j.progress.step > 0, DEADLINE_S)
+
+
+def answers(client: Client, job_id: str) -> bool:
+    try:
+        client.jobs.get(job_id)
+    except Unreachable:
+        return False
+    return True
+
+
+def search_whose_driver_and_api_die(
+    client: Client, stack: Stack, num_trials: int, driver_at: int, api_at: int
+) -> list[str | None]:
+    """Kills a search's driver while one trial runs, and the API while another does: it ends as if nothing had been,
+    with every trial once and the settings of an undisturbed run. Returns how its attempts ended."""
+    asked = searching(algorithm="tpe", budget={"trials": num_trials}, concurrency=1, seed=3, name="killed")
+    search = client.jobs.create(asked)
+    trains(client, trial_job(client, search.id, driver_at))
+    os.kill(driver_pid(client, search.id), signal.SIGKILL)
+    trains(client, trial_job(client, search.id, api_at))
+    (server,) = psutil.Process(stack.pid("API")).children()
+    os.kill(server.pid, signal.SIGKILL)
+    until("the API answers again", lambda: answers(client, search.id), DEADLINE_S)
+    job = ended(client, search.id)
+    reasons = [attempt.exit_reason for attempt in job.attempts]
+    assert reasons == ["DRIVER_LOST", "COMPLETED"]
+    trials = client.searches.trials(search.id)
+    assert [(t.number, t.state) for t in trials] == [(n, "SUCCEEDED") for n in range(1, num_trials + 1)]
+    assert len({t.job_id for t in trials}) == num_trials, "a trial was run as two"
+    spec = load_resolved(job.spec)
+    assert isinstance(spec, SearchJob)
+    sampler = make_sampler(spec)
+    for index, trial in enumerate(trials):
+        assert sampler.ask(index) == trial.params, f"trial {trial.number} has another setting"
+        sampler.tell(index, trial.params, Outcome(trial.value, trial.step))
+    return reasons
+
+
+def test_a_search_outlives_its_driver_and_the_api(client: Client, stack: Stack) -> None:
+    # The third setting is the first that depends on how others ended.
+    search_whose_driver_and_api_die(client, stack, 3, driver_at=1, api_at=2)
 
 
 def test_asha_stops_the_worse_half_and_a_pause_holds_all(client: Client) -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import importlib
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from workers.deepspeed_config import deepspeed_config
+from workers.engine import hidden
 
 
 def make_config(**changes: Any) -> dict[str, Any]:
@@ -64,3 +68,19 @@ def test_stage_3_partitions_every_parameter() -> None:
 def test_config_is_json() -> None:
     for stage in range(4):
         assert json.loads(json.dumps(make_config(zero_stage=stage))) == make_config(zero_stage=stage)
+
+
+def test_deepspeed_is_imported_without_mlflow() -> None:
+    # In a process of its own: here it may be imported already.
+    program = "import sys; from workers.engine import _import_deepspeed as i; i(); print('mlflow' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_a_module_is_hidden_for_a_while_only() -> None:
+    sys.modules.pop("colorsys", None)
+    with hidden("colorsys"), pytest.raises(ImportError):
+        importlib.import_module("colorsys")
+    assert importlib.import_module("colorsys").rgb_to_hsv(0.0, 0.0, 0.0) == (0.0, 0.0, 0.0)
+    with hidden("colorsys"):
+        assert importlib.import_module("colorsys")

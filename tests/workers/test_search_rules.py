@@ -7,7 +7,7 @@ import random
 import pytest
 
 from configs.search import Asha, Choice, IntUniform, LogUniform, MedianStopping, Pbt, Uniform
-from workers.search.rules import asha, exploit, median, mutate, rungs, value_from
+from workers.search.rules import Exploit, asha, exploit, median, mutate, rungs, value_from
 
 ASHA = Asha(name="asha", grace_steps=10, reduction=3)
 TOTAL = 100
@@ -89,6 +89,19 @@ def test_the_worst_goes_on_from_one_of_the_best() -> None:
 def test_equals_are_left_alone() -> None:
     curves = {n: flat(0.5, 20) for n in range(1, 5)}
     assert exploit(PBT, 1.0, 4, curves, {n: {"optim.lr": 0.1} for n in curves}, SPACE, 0, 10, TOTAL) is None
+
+
+def test_one_that_is_bad_and_ahead_is_compared_with_those_behind_it() -> None:
+    curves = {1: flat(0.1, 40), 2: flat(0.9, 30)}
+    params = {n: {"optim.lr": 0.1} for n in curves}
+
+    def judged(running: set[int]) -> Exploit | None:
+        return exploit(PBT, 1.0, 1, curves, params, SPACE, 0, 30, TOTAL, running)
+
+    found = judged({1, 2})
+    assert found is not None
+    assert (found.parent, found.step) == (2, 40), "from its newest checkpoint up to there"
+    assert judged({1}) is None, "one that ended on its way is no measure of a later step"
 
 
 def test_between_intervals_nobody_is_replaced() -> None:

@@ -263,6 +263,9 @@ class SearchDriver:
             return None
         if now < self._next_ask or self._forwarder.is_fenced:
             return None
+        if limit == 1 and self._closing and self._search.algorithm == "tpe":
+            # One after the other each setting is chosen knowing all ends before it, however long their last words take.
+            return None
         try:
             return self._open_next(now)
         except Unreachable as error:
@@ -353,6 +356,7 @@ class SearchDriver:
                 self._search.seed,
                 before_step,
                 total,
+                {live.record.number for live in self._live.values()},
             )
             return None if found is None else self._replace(run, found)
         return None

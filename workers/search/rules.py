@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.search import (
@@ -109,13 +109,22 @@ def exploit(
     seed: int,
     before_step: int,
     total_steps: int,
+    running: Collection[int] = (),
 ) -> Exploit | None:
     """By which trial `number` is replaced at its newest point, or None: at a multiple of the interval, if it is among
-    the worst quantile of all that came to this step. The better one is drawn from the best quantile."""
+    the worst quantile of all that came to this step. The better one is drawn from the best quantile.
+
+    Of `running` ones that are behind, the value at their last multiple of the interval counts: one that is bad and
+    ahead of all others would be compared with nobody.
+    """
     step, _ = curves[number][-1]
     if step % rule.interval_steps or step >= total_steps or step <= before_step:
         return None
-    scores = {n: sign * dict(curve)[step] for n, curve in curves.items() if step in dict(curve)}
+    scores: dict[int, float] = {}
+    for n, curve in curves.items():
+        marks = {at: value for at, value in curve if at % rule.interval_steps == 0 and at <= step}
+        if marks and (step in marks or n in running):
+            scores[n] = sign * marks[max(marks)]
     size = min(math.ceil(len(scores) * rule.quantile), len(scores) // 2)
     if size < 1:
         return None
