@@ -70,8 +70,10 @@ def _plan_search(search: SearchJob, gpu: str | None, calibration: Calibration | 
         trial = parse_spec(raw)
         assert isinstance(trial, TrainingJob), "trials are trainings"
         card = card_for(trial.data.source, PLANNING_CARDS)
-        made.append(plan(trial, card, gpu, None, calibration))
-        return resolve(trial, card, None)
+        resolved = resolve(trial, card, None)
+        if not made:
+            made.append(plan(trial, card, gpu, None, calibration, resolved))
+        return resolved
 
     search = with_fixed_base(undecided(search))
     return plan_of_trials(resolve_search(search, check_search(search, complete)), made[0])

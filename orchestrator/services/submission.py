@@ -271,7 +271,8 @@ def _plan_search(session: Session, search: SearchJob, gpu: str | None, calibrati
         spec, card, source, _ = _look_up(session, parse_spec(raw), for_plan=True, hold=False)
         resolved = resolve(spec, card, source)
         assert isinstance(resolved, TrainingJob), "trials are trainings"
-        made.append(plan(spec, card, gpu, source, calibration))
+        if not made:
+            made.append(plan(spec, card, gpu, source, calibration, resolved))
         return resolved
 
     search = with_fixed_base(undecided(search))
