@@ -51,11 +51,11 @@ async def _open(url: str, cookie: str, path: str, number: int, sockets: list[soc
                 "tab_id": str(uuid.uuid4()),
                 "old_tab_id": "null",
             }
-            socket = socketio.AsyncClient(reconnection=False)
+            # Among its ordinary headers a cookie would get lost: aiohttp keeps none for an address without a name.
+            socket = socketio.AsyncClient(reconnection=False, websocket_extra_options={"headers": dict(headers)})
             sockets.append(socket)
             await socket.connect(
                 f"{url}?{urlencode(query)}",
-                headers=headers,
                 transports=["websocket"],
                 socketio_path="/dashboard/_nicegui_ws/socket.io",
             )
