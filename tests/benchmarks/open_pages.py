@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import threading
 import uuid
@@ -14,7 +13,7 @@ from urllib.parse import urlencode
 import httpx
 import socketio
 
-_QUERY = re.compile(r"query: (\{.*?\}),\n")
+_CLIENT = re.compile(r"'client_id': '([0-9a-f-]{36})', 'next_message_id': (\d+)")
 
 
 @contextmanager
@@ -41,16 +40,22 @@ async def _open(url: str, cookie: str, path: str, number: int, sockets: list[soc
     async with httpx.AsyncClient(trust_env=False, timeout=120, headers=headers) as http:
         for _ in range(number):
             page = await http.get(f"{url}/dashboard{path}")
-            found = _QUERY.search(page.text)
+            found = _CLIENT.search(page.text)
             if page.status_code != 200 or found is None:
                 raise RuntimeError(f"{path}: {page.status_code} {page.text[:300]}")
-            tab = {"document_id": str(uuid.uuid4()), "tab_id": str(uuid.uuid4()), "old_tab_id": ""}
-            query = json.loads(found[1]) | tab | {"implicit_handshake": "true"}
-            socket = socketio.AsyncClient(reconnection=False)
+            query = {
+                "client_id": found[1],
+                "next_message_id": found[2],
+                "implicit_handshake": "true",
+                "document_id": str(uuid.uuid4()),
+                "tab_id": str(uuid.uuid4()),
+                "old_tab_id": "null",
+            }
+            # Among its ordinary headers a cookie would get lost: aiohttp keeps none for an address without a name.
+            socket = socketio.AsyncClient(reconnection=False, websocket_extra_options={"headers": dict(headers)})
             sockets.append(socket)
             await socket.connect(
                 f"{url}?{urlencode(query)}",
-                headers=headers,
                 transports=["websocket"],
                 socketio_path="/dashboard/_nicegui_ws/socket.io",
             )

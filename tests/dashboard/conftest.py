@@ -40,11 +40,11 @@ BROWSER_ARGUMENTS = (
 )
 
 
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    """Chromium. Its absence is a failure with what to do about it.
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser. Its absence is a failure with what to do about it.
 
-    It ends with this folder's tests: Playwright keeps an event loop running in this thread, and later tests run theirs.
+    As long as it is there Playwright keeps an event loop running in this thread, and no test can run one of its own.
     """
     path = shutil.which("chromium")
     if path is None:
@@ -53,6 +53,13 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGUMENTS))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    """One for all tests of this folder."""
+    with chromium() as browser:
+        yield browser
 
 
 @dataclass

@@ -3,6 +3,7 @@ of the service."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,12 +15,18 @@ from orchestrator.client import Client
 from orchestrator.embedded.stack import Stack
 from orchestrator.fetch import fetch
 from orchestrator.schemas import JobPublic
-from tests.dashboard.conftest import browser, visiting  # noqa: F401 - a fixture
+from tests.dashboard.conftest import chromium, visiting
 from tests.stack.jobs import finished, pretraining, running_attempt, until
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 _LONG_MS = 280_000
 """Starting workers takes long where much else runs."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
 
 
 def shown_points(page: Page) -> int:
@@ -33,7 +40,7 @@ def num_parameters(job: JobPublic) -> int:
 
 
 def test_a_day_at_the_dashboard(
-    browser: Browser,  # noqa: F811
+    browser: Browser,
     stack: Stack,
     client: Client,
     tmp_path: Path,

@@ -144,7 +144,8 @@ class _Progress:
     def show(self, job: JobPublic) -> None:
         progress = job.progress
         total = f" of {progress.total_steps:,}" if progress.total_steps else ""
-        parts.set_text(self._steps, f"Step {progress.step:,}{total}" if progress.step or total else "")
+        counted = f"{progress.step:,}{total} trials" if job.kind == "search" else f"Step {progress.step:,}{total}"
+        parts.set_text(self._steps, counted if progress.step or total else "")
         eta = f"about {words.duration(progress.eta_s)} left" if progress.eta_s is not None else ""
         parts.set_text(self._left, eta)
         parts.set_text(self._pct, "" if progress.pct is None else f"{progress.pct:.0f} %")

@@ -16,8 +16,8 @@ from orchestrator.services.jobs import get_job
 from orchestrator.services.submission import Request, Submitted, submit_job
 
 _COLUMNS = (
-    {"key": "step", "label": "Step"},
     {"key": "checkpoint", "label": "Checkpoint"},
+    {"key": "step", "label": "Step", "end": True},
     {"key": "top1", "label": "Top-1", "end": True},
     {"key": "loss", "label": "Loss", "end": True},
     {"key": "size", "label": "Size", "end": True},

@@ -27,6 +27,7 @@ class SearchPlots:
             self._history = parts.Chart(f"History of {self._metric}")
             self._curves = parts.Chart(f"Curves of {self._metric}")
             self._parallel = parts.Chart("Parallel coordinates")
+            self._parallel.box.classes("whole")
             self._importances = parts.Chart("Importances (PED-ANOVA)")
         for chart in (self._history, self._curves, self._parallel, self._importances):
             parts.show(chart.box, False)

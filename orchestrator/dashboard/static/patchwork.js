@@ -106,17 +106,18 @@ window.pw = (() => {
       return [escape(head), ...rows].join("<br>");
     };
   }
-  function option(spec) {
-    if (spec.kind) return window.pwPlots[spec.kind](spec, tools());
+  function option(spec, width) {
+    if (spec.kind) return window.pwPlots[spec.kind](spec, tools(width));
     const isDark = document.body.classList.contains("body--dark");
     const soft = style("--soft"), line = style("--line"), ink = style("--ink");
     const format = formats[spec.unit] ?? number;
-    const legend = spec.series.length > 1;
+    // Of more than these nobody finds the one they look for; the tooltip names them.
+    const legend = spec.series.length > 1 && spec.series.length <= 20;
     return {
       animation: false,
       textStyle: { fontFamily: "system-ui, sans-serif", color: soft },
       grid: { left: 8, right: 16, top: legend ? 34 : 12, bottom: 4, containLabel: true },
-      legend: { show: legend, type: "scroll", top: 0, left: 0, icon: "roundRect", itemWidth: 12, itemHeight: 4, textStyle: { color: ink, fontSize: 12 }, pageTextStyle: { color: soft }, pageIconColor: soft, data: spec.series.map((one) => one.name) },
+      legend: { show: legend, type: "scroll", top: 0, left: 0, icon: "roundRect", itemWidth: 12, itemHeight: 4, textStyle: { color: ink, fontSize: 12, lineHeight: 18 }, pageTextStyle: { color: soft }, pageIconColor: soft, data: spec.series.map((one) => one.name) },
       tooltip: { trigger: "axis", confine: true, backgroundColor: style("--raised"), borderColor: line, textStyle: { color: ink, fontSize: 12 }, formatter: tooltip(spec), axisPointer: { lineStyle: { color: soft } } },
       xAxis: { type: "value", min: "dataMin", max: "dataMax", axisLabel: { color: soft, fontSize: 11, hideOverlap: true, formatter: (value) => xText(spec.x, value) }, axisLine: { lineStyle: { color: line } }, splitLine: { show: false } },
       yAxis: { type: spec.log ? "log" : "value", scale: true, axisLabel: { color: soft, fontSize: 11, hideOverlap: true, formatter: (value) => format(value) }, splitLine: { lineStyle: { color: line } } },
@@ -124,17 +125,17 @@ window.pw = (() => {
     };
   }
   // What plots of other kinds (plots.js) are drawn with.
-  function tools() {
+  function tools(width) {
     const isDark = document.body.classList.contains("body--dark");
     return {
       colours: isDark ? dark : light, soft: style("--soft"), line: style("--line"), ink: style("--ink"),
-      raised: style("--raised"), tone: (name) => style(name ? `--${name}` : "--soft"), number, formats, escape,
+      width, surface: style("--surface"), raised: style("--raised"), tone: (name) => style(name ? `--${name}` : "--soft"), number, formats, escape,
     };
   }
   function redraw(component) {
     const spec = charts.get(component);
     if (!component.chart || !spec) return;
-    component.chart.setOption(option(spec), spec.kind ? { notMerge: true } : { replaceMerge: ["series"] });
+    component.chart.setOption(option(spec, component.chart.getWidth()), spec.kind ? { notMerge: true } : { replaceMerge: ["series"] });
     component.$el.dataset.points = spec.kind ? spec.size : spec.series.reduce((sum, one) => sum + one.steps.length, 0);
     if (spec.kind && !component.leads) {
       component.leads = true;

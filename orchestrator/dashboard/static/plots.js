@@ -10,22 +10,29 @@ window.pwPlots = (() => {
   const base = (t) => ({ animation: false, textStyle: { fontFamily: "system-ui, sans-serif", color: t.soft } });
   const bold = (t, one) => `<b>${t.escape(one)}</b>`;
 
-  // nodes: id, name, sub, tone, href, here, x, y (places in a grid); links: source, target, how, text
+  // nodes: id, name, sub, tone, href, here, x, y (places in a grid); links: source, target, how, text.
+  // On hidden axes: a graph's own coordinates are stretched with the window, and its symbols with them.
   function graph(spec, t) {
     const dash = { fork: "solid", weights: "dashed", retry: "dotted" };
     const told = (p) => (p.dataType === "node" ? `${bold(t, p.data.title)}<br>${t.escape(p.data.sub)}` : t.escape(p.data.told));
+    const columns = Math.max(...spec.nodes.map((node) => node.x)) + 1;
+    const ys = spec.nodes.map((node) => node.y);
+    const hidden = { type: "value", show: false };
     return {
       ...base(t),
       tooltip: box(t, told),
+      grid: { left: 0, right: 0, top: 8, bottom: 24 },
+      xAxis: { ...hidden, min: -0.5, max: columns - 0.5 },
+      yAxis: { ...hidden, min: Math.min(...ys) - 0.5, max: Math.max(...ys) + 0.5, inverse: true },
       series: [{
-        type: "graph", layout: "none", left: 90, right: 90, top: 30, bottom: 50, cursor: "pointer",
+        type: "graph", coordinateSystem: "cartesian2d", cursor: "pointer",
         edgeSymbol: ["none", "arrow"], edgeSymbolSize: 8, symbol: "circle", symbolSize: 16,
         data: spec.nodes.map((node) => ({
-          id: node.id, name: node.id, title: node.name, sub: node.sub, href: node.href, x: node.x, y: node.y,
+          id: node.id, name: node.id, title: node.name, sub: node.sub, href: node.href, value: [node.x, node.y],
           itemStyle: { color: t.tone(node.tone), borderColor: node.here ? t.ink : "transparent", borderWidth: 3 },
           label: {
             show: true, position: "bottom", color: t.ink, fontSize: 12, fontWeight: node.here ? 700 : 400,
-            formatter: () => node.name, width: 150, overflow: "truncate",
+            formatter: () => node.name, width: Math.min(200, t.width / columns - 8), overflow: "truncate",
           },
         })),
         links: spec.links.map((link) => ({
@@ -50,7 +57,7 @@ window.pwPlots = (() => {
       parallelAxis: spec.axes.map((one, dim) => axis(t, {
         dim, name: one.name, nameLocation: "end", nameGap: 14,
         ...(one.options ? { type: "category", data: one.options } : { type: one.log ? "log" : "value", scale: true }),
-        axisLabel: labels(t, { formatter: shown }),
+        axisLabel: labels(t, { formatter: shown, textBorderColor: t.surface, textBorderWidth: 4 }),
       })),
       series: [{
         type: "parallel", cursor: "pointer", emphasis: { lineStyle: { width: 4, opacity: 1 } },
