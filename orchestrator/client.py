@@ -26,7 +26,6 @@ from orchestrator.schemas import (
     CheckpointPage,
     CheckpointPublic,
     ClusterPublic,
-    ComparisonPublic,
     DatasetPage,
     DatasetPublic,
     EventFilePage,
@@ -42,10 +41,8 @@ from orchestrator.schemas import (
     JobPage,
     JobPreview,
     JobPublic,
-    LineagePublic,
     LogPage,
     MetricsPublic,
-    OverviewPublic,
     PartUrl,
     PartUrls,
     PicturePage,
@@ -58,6 +55,7 @@ from orchestrator.schemas import (
     Whoami,
 )
 from orchestrator.search_schemas import SearchPublic, TrialPage, TrialPublic
+from orchestrator.view_schemas import ComparisonPublic, LineagePublic, OverviewPublic
 from orchestrator.vtab_schemas import VtabReport
 
 __all__ = [

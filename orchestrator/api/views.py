@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from orchestrator.api.deps import JobId, PrintableText, ServicesDep, Viewer
-from orchestrator.schemas import ComparisonPublic, LineagePublic, OverviewPublic
 from orchestrator.services import compare, lineage, overview
 from orchestrator.services.problems import declares
+from orchestrator.view_schemas import ComparisonPublic, LineagePublic, OverviewPublic
 
 router = APIRouter(prefix="/v1", tags=["views"])
 

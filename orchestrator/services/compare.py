@@ -9,13 +9,13 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from configs.errors import to_pointer
-from orchestrator.schemas import ComparedJob, ComparedSeries, ComparisonPublic, SpecDifference
 from orchestrator.services.curves import last_value, read_curve
 from orchestrator.services.jobs import find_job
 from orchestrator.services.metrics import in_lineage, last_valid_steps_of, metric_names
 from orchestrator.services.problems import Invalid, field_error
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import JobRow
+from orchestrator.view_schemas import ComparedJob, ComparedSeries, ComparisonPublic, SpecDifference
 
 MAX_JOBS = 20
 MAX_NAMES = 12

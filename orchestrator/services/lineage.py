@@ -9,10 +9,10 @@ from typing import Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from orchestrator.schemas import LineageJob, LineageLink, LineagePublic
 from orchestrator.services.jobs import find_job
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import CheckpointRow, JobRow
+from orchestrator.view_schemas import LineageJob, LineageLink, LineagePublic
 
 MAX_JOBS = 100
 

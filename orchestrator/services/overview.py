@@ -10,11 +10,12 @@ from sqlalchemy.orm import Session
 
 from configs.states import JobState
 from orchestrator.control.queue_view import load_reservations
-from orchestrator.schemas import ClusterPublic, Devices, JobPublic, OverviewPublic, StorageUse
+from orchestrator.schemas import ClusterPublic, JobPublic
 from orchestrator.services.health import get_cluster
 from orchestrator.services.jobs import publish
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import CheckpointRow, JobRow
+from orchestrator.view_schemas import Devices, OverviewPublic, StorageUse
 
 NUM_SHOWN = 20
 FAILED_WITHIN = timedelta(days=7)

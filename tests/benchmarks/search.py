@@ -10,25 +10,21 @@ was waiting, and one that is asked for then, as a search does (`tests/workers/re
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
-import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-import httpx
 from sqlalchemy import select
 
 from orchestrator.client import Client
-from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import MetricRow
 from tests.benchmarks.harness import Row, arguments, interleave, progress, report
-from tests.stack.jobs import fashion_mnist_folder, finished, pretraining, until
+from tests.stack.jobs import finished, pretraining, until
+from tests.stack.running import DATA, ray_client, running_stack
 
 OURS, TUNE = "Patchwork", "Tune + Train V2"
 SIDE_BY_SIDE = 2
@@ -69,13 +65,7 @@ class Searches:
     def __init__(self, stack: Stack, client: Client, folder: Path, asked: dict[str, Any]) -> None:
         self._client, self._folder, self._asked = client, folder, asked
         self._database = Database(f"sqlite:///{stack.dir.database}")
-        settings = json.loads(stack.dir.settings_file.read_text())
-        self._ray = httpx.Client(
-            base_url=settings["ray_address"],
-            headers={"Authorization": f"Bearer {settings['ray_token']}"},
-            timeout=60.0,
-            trust_env=False,
-        )
+        self._ray = ray_client(stack)
         self.runs: dict[str, list[dict[str, Any]]] = {OURS: [], TUNE: []}
 
     def ours(self) -> float:
@@ -100,7 +90,7 @@ class Searches:
         folder = self._folder / uuid.uuid4().hex
         folder.mkdir()
         (folder / "spec.json").write_text(json.dumps(self._asked))
-        words = ["python", "-m", "tests.benchmarks.search_script", folder / "spec.json", folder, self._folder / "data"]
+        words = ["python", "-m", "tests.benchmarks.search_script", folder / "spec.json", folder, self._folder / DATA]
         ended = self._submit(" ".join(map(str, words)))
         took_s = (ended["end_time"] - ended["start_time"]) / 1000.0
         found = [json.loads(file.read_text()) for file in folder.glob("*.json") if file.name != "spec.json"]
@@ -146,34 +136,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=4000, help="of each trial; default 4000, about 60 s")
     parser.add_argument("--only", choices=["share", "held"], help="one of the two parts")
     given = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="pw-bn-"))
-    (folder / "data").mkdir()
-    (folder / "data" / "fashion-mnist").symlink_to(fashion_mnist_folder())
-    stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=4, data_root=folder / "data")
-    stop = threading.Event()
-    watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
     rows: list[Row] = []
-    try:
-        stack.start()
-        watcher.start()
-        with Client(stack.url, stack.token) as client:
-            searches = Searches(stack, client, folder, spec(given.trials, given.steps))
-            try:
-                if given.only != "share":
-                    held = [searches.held() for _ in range(given.repetitions)]
-                    for part in held[0]:
-                        rows.append(Row(f"early stop: {part}", "s", [s for found in held for s in found[part]]))
-                if given.only != "held":
-                    values = interleave({OURS: searches.ours, TUNE: searches.tune}, given.repetitions)
-                    rows += [Row(OURS, "share in steps", values[OURS], TUNE), Row(TUNE, "share in steps", values[TUNE])]
-            finally:
-                searches.close()
-    finally:
-        stop.set()
-        if watcher.is_alive():
-            watcher.join()
-        stack.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running_stack(num_cpus=4) as (stack, folder), Client(stack.url, stack.token) as client:
+        searches = Searches(stack, client, folder, spec(given.trials, given.steps))
+        try:
+            if given.only != "share":
+                held = [searches.held() for _ in range(given.repetitions)]
+                for part in held[0]:
+                    rows.append(Row(f"early stop: {part}", "s", [s for found in held for s in found[part]]))
+            if given.only != "held":
+                values = interleave({OURS: searches.ours, TUNE: searches.tune}, given.repetitions)
+                rows += [Row(OURS, "share in steps", values[OURS], TUNE), Row(TUNE, "share in steps", values[TUNE])]
+        finally:
+            searches.close()
     report("search", "What a search reserves and uses", rows, given.out, {"runs": searches.runs})
     for row in rows:
         if row.name == OURS:

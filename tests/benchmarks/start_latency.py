@@ -9,10 +9,7 @@ worker processes are there for both.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -21,16 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
 from sqlalchemy import select
 
 from orchestrator.client import Client
-from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import MetricRow
 from tests.benchmarks.harness import Row, arguments, interleave, progress, report
-from tests.stack.jobs import fashion_mnist_folder, finished, pretraining, until
+from tests.stack.jobs import finished, pretraining, until
+from tests.stack.running import DATA, ray_client, running_stack
 
 OURS, SCRIPT, EXTRA = "Patchwork", "ray job submit", "Patchwork less ray job submit"
 GOAL_S = 1.0
@@ -45,18 +41,11 @@ def spec() -> dict[str, Any]:
 class Starts:
     """Both contenders on one stack. Each call is one start, in seconds; the parts of it are kept in `parts`."""
 
-    def __init__(self, stack: Stack, client: Client, folder: Path, data_root: Path) -> None:
+    def __init__(self, stack: Stack, client: Client, folder: Path) -> None:
         self._client = client
         self._database = Database(f"sqlite:///{stack.dir.database}")
-        settings = json.loads(stack.dir.settings_file.read_text())
-        self._ray = httpx.Client(
-            base_url=settings["ray_address"],
-            headers={"Authorization": f"Bearer {settings['ray_token']}"},
-            timeout=60.0,
-            trust_env=False,
-        )
+        self._ray = ray_client(stack)
         self._folder = folder
-        self._data_root = data_root
         self.parts: dict[str, list[dict[str, float]]] = {OURS: [], SCRIPT: []}
 
     def ours(self) -> float:
@@ -78,7 +67,7 @@ class Starts:
         folder.mkdir()
         (folder / "spec.json").write_text(json.dumps(spec()))
         out = folder / "reached.json"
-        words = ["python", "-m", "tests.benchmarks.start_script", folder / "spec.json", out, self._data_root]
+        words = ["python", "-m", "tests.benchmarks.start_script", folder / "spec.json", out, self._folder / DATA]
         began = time.time()
         answer = self._ray.post("/api/jobs/", json={"entrypoint": " ".join(map(str, words))})
         answer.raise_for_status()
@@ -119,27 +108,12 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def on_stack(work: Callable[[Starts], Any]) -> Any:
     """`work` on a stack of its own, which is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="pw-bn-"))
-    data_root = folder / "data-root"
-    data_root.mkdir()
-    (data_root / "fashion-mnist").symlink_to(fashion_mnist_folder())
-    stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=4, data_root=data_root)
-    stack.start()
-    stop = threading.Event()
-    watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
-    watcher.start()
-    try:
-        with Client(stack.url, stack.token) as client:
-            starts = Starts(stack, client, folder, data_root)
-            try:
-                return work(starts)
-            finally:
-                starts.close()
-    finally:
-        stop.set()
-        watcher.join()
-        stack.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running_stack(num_cpus=4) as (stack, folder), Client(stack.url, stack.token) as client:
+        starts = Starts(stack, client, folder)
+        try:
+            return work(starts)
+        finally:
+            starts.close()
 
 
 def main(argv: list[str]) -> int:

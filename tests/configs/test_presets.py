@@ -246,4 +246,6 @@ def test_data_that_is_not_public_says_so() -> None:
 
 def test_the_gpus_are_named_as_resources_accept_them() -> None:
     for name in GPUS:
-        parse_spec({"preset": "paper/pretrain/imagenet-b16", "resources": {"accelerator": name}})
+        spec = parse_spec({"preset": "paper/pretrain/imagenet-b16", "resources": {"accelerator": name}})
+        assert isinstance(spec, TrainingJob)
+        assert spec.resources.accelerator == name

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from orchestrator.client import Client
-from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from tests.dashboard.conftest import BROWSER_ARGUMENTS, visiting
-from tests.stack.jobs import fashion_mnist_folder, pretraining, until
+from tests.stack.jobs import pretraining, until
+from tests.stack.running import running_stack
 
 LOOKS = {
     "light": {"color_scheme": "light"},
@@ -30,26 +26,6 @@ LOOKS = {
 }
 _ON_CPU = {"resources": {"gpus_per_worker": 0}}
 IN_DOCS = {"job-light": "dashboard-job.png", "compare-dark": "dashboard-compare.png"}
-
-
-@contextmanager
-def running_stack() -> Iterator[Stack]:
-    """A real stack in a folder of its own, gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="pw-sh-"))
-    (folder / "images").mkdir()
-    (folder / "images" / "fashion-mnist").symlink_to(fashion_mnist_folder())
-    stack = Stack(DataDir(folder / "data"), port=0, num_cpus=8, data_root=folder / "images")
-    stop = threading.Event()
-    try:
-        stack.start()
-        watcher = threading.Thread(target=stack.watch, args=(print, stop))
-        watcher.start()
-        yield stack
-        stop.set()
-        watcher.join()
-    finally:
-        stack.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_jobs(client: Client) -> dict[str, str]:
@@ -155,7 +131,11 @@ def main() -> None:
     path = shutil.which("chromium")
     if path is None:
         raise SystemExit("chromium is missing: apt-get install chromium")
-    with running_stack() as stack, sync_playwright() as playwright, Client(stack.url, stack.token) as client:
+    with (
+        running_stack(num_cpus=8, say=print) as (stack, _),
+        sync_playwright() as playwright,
+        Client(stack.url, stack.token) as client,
+    ):
         ids = make_jobs(client)
         browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGUMENTS))
         take(browser, stack, ids, arguments.out)

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
-import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +25,9 @@ from configs.ids import parse_checkpoint_id
 from configs.resolve import load_resolved
 from configs.spec import SearchJob
 from orchestrator.client import Client
-from orchestrator.embedded.data_dir import DataDir
 from orchestrator.embedded.stack import Stack
 from orchestrator.schemas import JobPublic
-from tests.stack.jobs import fashion_mnist_folder
+from tests.stack.running import running_stack
 from tests.stack.test_search import assert_nothing_is_placed, search_whose_driver_and_api_die, searching
 from workers.search.samplers import make_sampler
 
@@ -142,16 +139,8 @@ def main(argv: list[str]) -> int:
     temporary = folder / "t"
     temporary.mkdir()
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
-    data_root = folder / "data"
-    data_root.mkdir()
-    (data_root / "fashion-mnist").symlink_to(fashion_mnist_folder())
-    stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=8, data_root=data_root)
-    stop = threading.Event()
-    watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
     try:
-        stack.start()
-        watcher.start()
-        with Client(stack.url, stack.token) as client:
+        with running_stack(num_cpus=8, folder=folder) as (stack, _), Client(stack.url, stack.token) as client:
             for name in given.only or SCENARIOS:
                 began = time.monotonic()
                 found = SCENARIOS[name](client, stack, given.trials or (50 if name == "leaks" else 8))
@@ -159,12 +148,6 @@ def main(argv: list[str]) -> int:
     except AssertionError as error:
         print(f"does not hold: {error}", flush=True)
         return 1
-    finally:
-        stop.set()
-        if watcher.is_alive():
-            watcher.join()
-        stack.stop()
-        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 

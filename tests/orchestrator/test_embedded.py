@@ -144,6 +144,13 @@ def test_free_ports_are_different_and_free() -> None:
     assert len(set(ports)) == 20
 
 
+def test_no_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server takes its port some time after it was chosen: until then only we know that it is taken."""
+    monkeypatch.setattr("orchestrator.embedded.ports._HIGH", 15000 + 2000)
+    given = [free_ports(1)[0] for _ in range(120)]
+    assert len(set(given)) == 120
+
+
 # -- object store ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def short_dir() -> Iterator[Path]:

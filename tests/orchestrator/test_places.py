@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from configs.states import Desired
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
 from orchestrator.control.queue_view import schedule_queue, store_cluster
-from orchestrator.services.places import NOT_LOOKED_AT, find_places
+from orchestrator.services.places import _BEFORE, NOT_LOOKED_AT, find_places
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import JobRow
 from tests.orchestrator.rows import submit
@@ -30,6 +30,13 @@ def test_a_new_job_knows_how_many_are_before_it(api: TestClient) -> None:
     # Asked again, the reasons are there.
     assert queue_of(api, last["id"])["position"] == 3
     assert queue_of(api, last["id"])["reason"] == "CLUSTER_UNREACHABLE"
+
+
+def test_who_is_before_a_new_job_is_counted_without_reading_rows(db: Database) -> None:
+    statement = str(_BEFORE.compile(dialect=db.engine.dialect))
+    with db.engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", (50, 50, "2026-01-01")).all()
+    assert any("COVERING INDEX ix_jobs_waiting (priority=? AND created_at<?)" in step[3] for step in plan), plan
 
 
 @pytest.mark.db

@@ -15,9 +15,9 @@ from configs.states import JobState
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, section, url
-from orchestrator.schemas import ComparedSeries, ComparisonPublic
 from orchestrator.services.compare import MAX_JOBS, compare_jobs
 from orchestrator.services.jobs import JobFilter, list_jobs
+from orchestrator.view_schemas import ComparedSeries, ComparisonPublic
 
 _MAX_POINTS = 400
 _SHARE_OF_TIME = 0.05

@@ -9,9 +9,10 @@ from typing import Any
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, section, url
-from orchestrator.schemas import JobPublic, LineageLink, LineagePublic
+from orchestrator.schemas import JobPublic
 from orchestrator.services.jobs import get_job
 from orchestrator.services.lineage import read_lineage
+from orchestrator.view_schemas import LineageLink, LineagePublic
 
 _HOW = {"retry": "is a retry of", "fork": "goes on from", "weights": "starts from the weights of"}
 _TONES = {"busy": "run", "wait": "", "off": ""}

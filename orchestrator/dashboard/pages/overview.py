@@ -13,8 +13,9 @@ from configs.states import JobState
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import Look
 from orchestrator.dashboard.frame import PATIENCE_S, Frame, Site, section, url
-from orchestrator.schemas import JobPublic, NodePublic, OverviewPublic
+from orchestrator.schemas import JobPublic, NodePublic
 from orchestrator.services.overview import read_overview
+from orchestrator.view_schemas import OverviewPublic
 
 _STALE_S = 45.0
 
