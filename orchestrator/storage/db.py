@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from orchestrator.storage.tables import Base
 
 SQLITE_BUSY_TIMEOUT_S = 10
 MIGRATIONS = Path(__file__).parent / "migrations"
+_BETWEEN_TRIES_S = 0.01
 _UPGRADE_LOCK = 0x7061746368  # any constant: two processes that start together take turns
 _MAX_BOUND_VALUES = 20_000  # SQLite allows 32,766 per statement, PostgreSQL 65,535
 
@@ -142,12 +145,8 @@ def _sqlite_engine(url: str) -> Engine:
     def _configure(connection: Any, _record: object) -> None:
         # The driver must not begin transactions by itself: see _begin.
         connection.isolation_level = None
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "foreign_keys=ON",
-            f"busy_timeout={SQLITE_BUSY_TIMEOUT_S * 1000}",
-        ):
+        _keep_a_write_ahead_log(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"busy_timeout={SQLITE_BUSY_TIMEOUT_S * 1000}"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
@@ -156,6 +155,20 @@ def _sqlite_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _keep_a_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Put the file into WAL mode, for good. Its first openers try again themselves: two that change the mode of a new
+    file at once would deadlock, so SQLite refuses one of them without its busy timeout (sqlite3_busy_handler)."""
+    give_up_at = time.monotonic() + SQLITE_BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up_at:
+                raise
+        time.sleep(_BETWEEN_TRIES_S)
 
 
 def _postgresql_engine(url: str) -> Engine:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from alembic import command
@@ -58,6 +59,22 @@ def test_processes_that_start_together_upgrade_once(empty_database_url: str) -> 
     db = Database(empty_database_url)
     assert set(inspect(db.engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
     db.close()
+
+
+def test_connections_that_open_a_new_file_together_all_get_its_write_ahead_log(tmp_path: Path) -> None:
+    def connect(url: str, start: threading.Barrier) -> str:
+        database = Database(url)
+        start.wait(timeout=10)
+        with database.reader() as session:
+            mode = session.execute(text("PRAGMA journal_mode")).scalar_one()
+        database.close()
+        return str(mode)
+
+    with ThreadPoolExecutor(4) as pool:
+        for trial in range(25):  # without trying again, about one file in ten is refused
+            start = threading.Barrier(4)
+            modes = pool.map(connect, [f"sqlite:///{tmp_path}/{trial}.db"] * 4, [start] * 4)
+            assert list(modes) == ["wal"] * 4
 
 
 def test_session_rolls_back_when_the_block_raises(db: Database) -> None:
