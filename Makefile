@@ -15,7 +15,7 @@ env:  ## .venv, on top of a cached environment (see infra/env.sh)
 demo: env  ## train, fine-tune, evaluate and fetch a small ViT on real images (STAY=1: leave the server running)
 	@$(PYTHON) -m orchestrator.cli.main demo $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(STAY),--stay)
 
-pictures: env  ## train a small ViT and a small hybrid, and draw the pictures of docs/pictures.md (two trainings of 3 epochs)
+pictures: env  ## draw the pictures of docs/pictures.md: of the demo's model (the demo runs first) and of a hybrid trained like it
 	@$(PYTHON) -m orchestrator.cli.main gallery $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(ARGS)
 
 test: debian env  ## the tests, for example make test ARGS='tests/vit -x'

@@ -1,12 +1,11 @@
-"""`make pictures`: trains a small ViT and a small hybrid on real images and draws the pictures of docs/pictures.md.
+"""`make pictures`: draws the pictures of docs/pictures.md of the ViT that `make demo` trained, and of a small hybrid.
 
-Everything goes through the API, on a stack of its own. The start is a job of one step whose learning rate, at the
-beginning of its warm-up, is 0: its checkpoint holds the initial weights.
+Everything goes through the API, on the demo's own stack (the demo runs first where it has not yet). The start is a job
+of one step whose learning rate, at the beginning of its warm-up, is 0: its checkpoint holds the initial weights.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,23 +13,21 @@ import typer
 from rich.console import Console
 
 from orchestrator.cli import output
-from orchestrator.cli.demo import DemoError, Record, find_images, running_stack
+from orchestrator.cli.demo import PRETRAIN, DemoError, Record, demo, find_images, running_stack
 from orchestrator.cli.follow import follow_job
 from orchestrator.client import Client
 from orchestrator.embedded.data_dir import DataDir
 from orchestrator.schemas import JobPublic
 
-_SIZES: dict[str, Any] = {"embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_dim": 128}
-_IMAGES: dict[str, Any] = {"image_size": 28, "in_channels": 1}
-VIT: dict[str, Any] = {"patch_size": 4} | _SIZES | _IMAGES
-HYBRID: dict[str, Any] = {"stem": {"layers": [], "width": 32}, "patch_size": 1} | _SIZES | _IMAGES
-"""As many patches of as many pixels as the ViT: the stem's stride is 4."""
-EPOCHS = 3
+HYBRID: dict[str, Any] = {"stem": {"layers": [], "width": 32}, "patch_size": 1}
+"""Instead of the demo's patches of 7 x 7 pixels: features of a convolution and a pooling, one every 4 x 4 pixels."""
+_OURS = "gallery-"
 
 GALLERY: dict[str, tuple[str, str]] = {
     "patch-filters": ("vit", "patch_filters"),
     "position-similarity-start": ("start", "position_similarity"),
     "position-similarity-trained": ("vit", "position_similarity"),
+    "position-similarity-hybrid": ("hybrid", "position_similarity"),
     "attention-distance-vit": ("vit", "attention_distance"),
     "attention-distance-hybrid": ("hybrid", "attention_distance"),
     "attention-rollout": ("vit", "attention_rollout"),
@@ -44,45 +41,48 @@ def gallery(
         Path | None, typer.Option("--data-root", help="Where data sets lie; left out: found or fetched.")
     ] = None,
     to: Annotated[Path, typer.Option("--to", help="The folder for the pictures.")] = Path("docs/pictures"),
-    folder: Annotated[Path, typer.Option("--out", help="Where the stack and its data go; the stack is made anew.")] = (
+    folder: Annotated[Path, typer.Option("--out", help="The folder of the demo; it runs first where it has not.")] = (
         Path("demo-out")
     ),
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of training.")] = EPOCHS,
 ) -> None:
-    """Train a small ViT and a small hybrid on Fashion-MNIST and draw the pictures of docs/pictures.md."""
+    """Draw the pictures of docs/pictures.md: of the ViT of `make demo`, and of a hybrid trained in the same way."""
     out, record = output.console(), Record()
-    directory = DataDir(folder / "gallery")
-    shutil.rmtree(directory.path, ignore_errors=True)
+    directory = DataDir(folder / "stack")
+    if not directory.path.is_dir():
+        demo(data_root, folder, stay=False)
     root = find_images(data_root, (folder / "data").absolute(), out)
     with running_stack(directory, root, False, record, out) as client:
-        trained = {name: client.jobs.create(spec) for name, spec in training(epochs).items()}
+        trained = {"vit": trained_by_the_demo(client)}
+        trained |= {name: client.jobs.create(spec) for name, spec in training().items()}
         looking = {name: client.jobs.create(inspection(name, job)) for name, job in trained.items()}
         for name, job in (*trained.items(), *looking.items()):
             out.print(f"\n[bold]-- {name}: {job.kind} --[/]")
             _succeed(client, job, out)
+        for job in looking.values():
+            for picture in client.jobs.pictures(job.id).items:
+                out.print(f"{job.name}: {picture.caption}", markup=False)
         write_gallery(client, looking, to)
-    out.print(f"\n{len(GALLERY)} pictures in {to}.")
+    out.print(f"\n{len(GALLERY)} pictures in {to}, of {trained['vit'].id} and {trained['hybrid'].id}.")
 
 
-def training(epochs: int) -> dict[str, dict[str, Any]]:
-    """The jobs whose checkpoints are looked at."""
-    base: dict[str, Any] = {
-        "kind": "pretrain",
-        "data": {
-            "source": {"type": "torchvision", "name": "FashionMNIST"},
-            "augment": {"crop": "resize", "flip": True},
-        },
-        "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05},
-        "train": {"global_batch_size": 128, "precision": "fp32", "log_every_steps": 20},
-        "resources": {"workers": 1, "gpus_per_worker": 0},
-        "eval": {"batch_size": 500},
-    }
+def trained_by_the_demo(client: Client) -> JobPublic:
+    """The pre-training that `make demo` ran on this stack.
+
+    Raises:
+        DemoError: it has none.
+    """
+    for job in client.jobs.list(kind="pretrain", state=["SUCCEEDED"]):
+        if job.preset == PRETRAIN and not job.name.startswith(_OURS):
+            return job
+    raise DemoError("The demo on this stack has trained no model: run make demo, or name its folder with --out.")
+
+
+def training() -> dict[str, dict[str, Any]]:
+    """The jobs whose checkpoints are looked at beside the demo's own: its initial weights, and a hybrid."""
     once = {"total_steps": 1, "warmup_steps": 1}
-    whole = {"total_epochs": epochs, "warmup_steps": 100}
     return {
-        "start": base | {"name": "gallery-start", "model": VIT, "schedule": once},
-        "vit": base | {"name": "gallery-vit", "model": VIT, "schedule": whole},
-        "hybrid": base | {"name": "gallery-hybrid", "model": HYBRID, "schedule": whole},
+        "start": {"preset": PRETRAIN, "name": f"{_OURS}start", "schedule": once},
+        "hybrid": {"preset": PRETRAIN, "name": f"{_OURS}hybrid", "model": HYBRID},
     }
 
 
@@ -91,7 +91,7 @@ def inspection(name: str, job: JobPublic) -> dict[str, Any]:
     pictures = sorted({picture for owner, picture in GALLERY.values() if owner == name})
     return {
         "kind": "inspect",
-        "name": f"gallery-{name}-pictures",
+        "name": f"{_OURS}{name}-pictures",
         "init_from": f"{job.id}/latest",
         "queue": {"depends_on": [job.id]},
         "pictures": pictures,

@@ -12,7 +12,8 @@ from configs.load import parse_spec
 from configs.model import VitConfig
 from configs.pictures import pictures_of
 from configs.spec import InspectJob, PretrainJob
-from orchestrator.cli.gallery import GALLERY, inspection, training, write_gallery
+from orchestrator.cli.demo import PRETRAIN, DemoError
+from orchestrator.cli.gallery import GALLERY, inspection, trained_by_the_demo, training, write_gallery
 from orchestrator.client import Client
 from orchestrator.schemas import JobPublic
 from tests.orchestrator.test_cli import job
@@ -26,25 +27,48 @@ def model_of(spec: dict[str, Any]) -> VitConfig:
     return found.model.model_copy(update={"num_classes": 10}).vit()
 
 
-def test_its_models_have_the_pictures_it_shows_and_equal_grids() -> None:
-    models = {name: model_of(spec) for name, spec in training(3).items()}
-    assert models["vit"].grid == models["hybrid"].grid == (7, 7)
-    assert models["vit"].stride == models["hybrid"].stride
+def test_its_models_have_the_pictures_it_shows() -> None:
+    demo = model_of({"preset": PRETRAIN})
+    models = {"vit": demo} | {name: model_of(spec) for name, spec in training().items()}
     assert models["start"] == models["vit"]
+    assert (models["vit"].grid, models["hybrid"].grid) == ((4, 4), (7, 7))
     for owner, picture in GALLERY.values():
         assert picture in pictures_of(models[owner])
 
 
+def test_its_hybrid_is_trained_as_the_demo_trains() -> None:
+    demo, hybrid = parse_spec({"preset": PRETRAIN}), parse_spec(training()["hybrid"])
+    assert isinstance(demo, PretrainJob)
+    assert isinstance(hybrid, PretrainJob)
+    assert hybrid.model_copy(update={"model": demo.model, "name": demo.name}) == demo
+
+
 def test_its_start_is_the_initial_weights() -> None:
     """One step, at the beginning of a warm-up: its learning rate is 0."""
-    spec = parse_spec(training(3)["start"])
+    spec = parse_spec(training()["start"])
     assert isinstance(spec, PretrainJob)
     assert (spec.schedule.total_steps, spec.schedule.warmup_steps) == (1, 1)
 
 
+@pytest.mark.parametrize("name", ["gallery-start", "another"])
+def test_it_looks_at_the_model_of_the_demo_and_at_no_other(name: str) -> None:
+    theirs = job(id="job_01ARZ3NDEKTSV4RRFFQ69G5FAA", name=name, preset=None if name == "another" else PRETRAIN)
+    demos = job(id="job_01ARZ3NDEKTSV4RRFFQ69G5FAB", preset=PRETRAIN)
+
+    def found_in(*jobs: dict[str, Any]) -> JobPublic:
+        page = {"items": list(jobs), "next_cursor": None}
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=page))
+        with Client("http://patchwork.test", "t", transport=transport) as client:
+            return trained_by_the_demo(client)
+
+    assert found_in(theirs, demos).id == demos["id"]
+    with pytest.raises(DemoError, match="run make demo"):
+        found_in(theirs)
+
+
 def test_it_waits_for_what_it_looks_at() -> None:
     owner = JobPublic.model_validate(job())
-    for name in training(3):
+    for name in ("vit", *training()):
         spec = parse_spec(inspection(name, owner))
         assert isinstance(spec, InspectJob)
         assert spec.queue.depends_on == (owner.id,)
