@@ -341,6 +341,19 @@ class UploadRow(Base):
     """Nothing of the file is left in the store."""
 
 
+class ImageRow(Base):
+    """An image that somebody uploaded to have it looked at; the object store holds it until it expires."""
+
+    __tablename__ = "images"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(64))
+    created_by: Mapped[str] = mapped_column(String(64), default="")
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
 class DatasetRow(Base):
     __tablename__ = "datasets"
 
