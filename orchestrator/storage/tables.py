@@ -156,7 +156,9 @@ class SearchRow(Base):
     num_trials: Mapped[int] = mapped_column(Integer)
     """The budget now; it only grows."""
     slots: Mapped[int | None] = mapped_column(Integer, nullable=True)
-    """At most so many trials side by side."""
+    """At most so many trials side by side: a user's word."""
+    places: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    """So many trials may run side by side now: the scheduler's word. None: as many as the attempt began with."""
 
 
 class TrialRow(Base):
