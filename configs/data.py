@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from configs.base import Fraction, Positive, Seed, Slug, Strict
+from configs.ids import IMAGE_ID_PATTERN
 
 TorchvisionName = Literal["FashionMNIST", "MNIST", "CIFAR10", "CIFAR100", "Flowers102", "OxfordIIITPet", "ImageNet"]
 
@@ -36,7 +37,34 @@ class SyntheticSource(Strict):
     image_size: Annotated[int, Field(ge=1, le=2048)] = 32
 
 
+ImageId = Annotated[str, StringConstraints(pattern=IMAGE_ID_PATTERN)]
+MAX_UPLOADED_IMAGES = 64
+"""In one job."""
+
+
+class ImagesSource(Strict):
+    """Images that somebody uploaded (POST /v1/images), without labels: for inspect jobs."""
+
+    type: Literal["images"]
+    ids: Annotated[tuple[ImageId, ...], Field(min_length=1, max_length=MAX_UPLOADED_IMAGES)]
+
+    @field_validator("ids", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        """What comes as a list: pydantic's strict mode wants tuples of Python values."""
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        twice = sorted({name for name in self.ids if self.ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"ids: {', '.join(twice)} is named twice")
+        return self
+
+
 Source = Annotated[TorchvisionSource | FolderSource | SyntheticSource, Field(discriminator="type")]
+"""Images with labels."""
+AnySource = Annotated[TorchvisionSource | FolderSource | SyntheticSource | ImagesSource, Field(discriminator="type")]
 NOT_BUILT_SOURCES = ("shards", "parquet", "dataset")
 
 
@@ -156,7 +184,7 @@ class Mix(Strict):
 class DataConfig(Strict):
     """Data of a job. Images are scaled to (x / 255 - mean) / std."""
 
-    source: Source
+    source: AnySource
     train: str = Field("train", description="Split to train on.", examples=["train", "trainval"])
     eval: str = Field("test", description="Split to evaluate on.", examples=["test", "val"])
     subset: Subset | None = None
@@ -177,7 +205,9 @@ class DataConfig(Strict):
     @classmethod
     def _refuse_unbuilt(cls, value: object) -> object:
         if isinstance(value, dict) and value.get("type") in NOT_BUILT_SOURCES:
-            raise ValueError(f"type {value['type']!r} is not available yet: use torchvision, folder or synthetic")
+            raise ValueError(
+                f"type {value['type']!r} is not available yet: use torchvision, folder, synthetic or (inspect) images"
+            )
         return value
 
     @model_validator(mode="after")

@@ -8,7 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from configs.data import DataConfig, FolderSource, Holdout, Source, Subset, SyntheticSource, TorchvisionSource
+from configs.data import (
+    AnySource,
+    DataConfig,
+    FolderSource,
+    Holdout,
+    ImagesSource,
+    Subset,
+    SyntheticSource,
+    TorchvisionSource,
+)
 from configs.errors import SpecError, close_matches
 from configs.wire import DatasetCard, SplitInfo
 
@@ -95,7 +104,18 @@ def synthetic_card(source: SyntheticSource) -> DatasetCard:
     )
 
 
-def card_for(source: Source, registered: Mapping[str, DatasetCard]) -> DatasetCard:
+def images_card(source: ImagesSource) -> DatasetCard:
+    """The card of uploaded images: one split, no classes. An image never changes: its id stands for its bytes."""
+    return DatasetCard(
+        name="images",
+        type="images",
+        num_classes=1,
+        splits=(SplitInfo(name="test", num_examples=len(source.ids)),),
+        fingerprint=_fingerprint(f"images/{','.join(source.ids)}"),
+    )
+
+
+def card_for(source: AnySource, registered: Mapping[str, DatasetCard]) -> DatasetCard:
     """The card of a job's data.
 
     Args:
@@ -108,6 +128,8 @@ def card_for(source: Source, registered: Mapping[str, DatasetCard]) -> DatasetCa
         return TORCHVISION_CARDS[source.name]
     if isinstance(source, SyntheticSource):
         return synthetic_card(source)
+    if isinstance(source, ImagesSource):
+        return images_card(source)
     assert isinstance(source, FolderSource)
     if source.name in registered:
         return registered[source.name]

@@ -9,6 +9,8 @@ from ulid import ULID
 _ULID = r"[0-9A-HJKMNP-TV-Z]{26}"
 JOB_ID = re.compile(rf"^job_{_ULID}$")
 ATTEMPT_ID = re.compile(rf"^att_({_ULID})_([0-9]{{4}})$")
+IMAGE_ID_PATTERN = rf"^img_{_ULID}$"
+IMAGE_ID = re.compile(IMAGE_ID_PATTERN)
 UPLOAD_ID = re.compile(rf"^upl_{_ULID}$")
 CHECKPOINT_ID = re.compile(rf"^ckpt_({_ULID})_s([0-9]{{9}})_a([0-9]{{4}})$")
 
@@ -19,6 +21,10 @@ def new_job_id() -> str:
 
 def new_upload_id() -> str:
     return f"upl_{ULID()}"
+
+
+def new_image_id() -> str:
+    return f"img_{ULID()}"
 
 
 def new_token_id() -> str:

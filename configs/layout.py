@@ -15,6 +15,7 @@
     pictures/index.json                     written last (PictureIndex): names the files
     search/report.json, search/report.png   what a search found (SearchReport), and pictures of it
 <prefix>uploads/<upload>/file               a weights file on its way to an import job
+<prefix>images/<image>                     an image that was uploaded, for inspect jobs; deleted after a while
 <prefix>datasets/<name>/<fingerprint>.json  index of a registered data set (DatasetIndex)
 """
 
@@ -110,6 +111,10 @@ def uploads_prefix() -> str:
 
 def upload_key(upload_id: str) -> str:
     return f"{uploads_prefix()}{upload_id}/file"
+
+
+def image_key(image_id: str) -> str:
+    return f"images/{image_id}"
 
 
 def dataset_index_key(name: str, fingerprint: str) -> str:

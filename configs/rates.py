@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.cost import Gpu, num_parameters, train_flops_per_image
-from configs.data import DataConfig, FolderSource, SyntheticSource
+from configs.data import DataConfig, SyntheticSource, TorchvisionSource
 from configs.model import NetworkConfig
 
 ASSUMED_MFU = 0.40
@@ -85,7 +85,7 @@ def decode_rate(data: DataConfig, world_size: int, cpus_per_worker: int) -> floa
     """Images per second that the loaders can bring; None for images that are made, not read."""
     if isinstance(data.source, SyntheticSource):
         return None
-    is_read = not isinstance(data.source, FolderSource) and data.source.name in _UNCOMPRESSED
+    is_read = isinstance(data.source, TorchvisionSource) and data.source.name in _UNCOMPRESSED
     return DECODED_PER_CORE["read" if is_read else "decode"] * world_size * cpus_per_worker
 
 

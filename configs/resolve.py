@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
-from configs.data import Augment, DataConfig
+from configs.data import Augment, DataConfig, ImagesSource
 from configs.datasets import num_eval_examples, num_train_examples
 from configs.errors import FieldError, SpecError, field_errors
 from configs.inherit import SourceCheckpoint, grid_faults, inherit, kept_head_faults, patch_faults
@@ -98,6 +98,7 @@ def _training(
 ) -> dict[str, Any]:
     if card is None:
         raise SpecError.at("/data/source", "the data set is not known")
+    _refuse_without_labels(spec.kind, spec.data)
     faults: list[FieldError] = []
     model = spec.model.model_dump(mode="json")
     if isinstance(spec, FinetuneJob):
@@ -263,6 +264,7 @@ def _evaluation(spec: EvaluateJob, card: DatasetCard | None, source: SourceCheck
         raise SpecError.at("/data", f"data is missing: {source.checkpoint_id} does not say what it was trained on")
     if card is None:
         raise SpecError.at("/data/source", "the data set is not known")
+    _refuse_without_labels(spec.kind, data)
     faults: list[FieldError] = []
     if spec.image_size is not None:
         faults.extend(patch_faults("image_size", (spec.image_size, spec.image_size), source.model))
@@ -331,7 +333,8 @@ def _inspection(spec: InspectJob, card: DatasetCard | None, source: SourceCheckp
 
 
 def _image_counts(spec: InspectJob, data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> dict[str, int]:
-    """How many images are looked at: what was asked for must be there, what was not is at most what there is."""
+    """How many images are looked at: what was asked for must be there, what was not is at most
+    what there is. Of uploaded images all are shown."""
     try:
         available = num_eval_examples(data, card)
     except SpecError as error:
@@ -343,7 +346,8 @@ def _image_counts(spec: InspectJob, data: DataConfig, card: DatasetCard, faults:
         if given > available and field in spec.model_fields_set:
             message = f"{field} {given} is more than the {available} images of the evaluation split"
             faults.append(FieldError(f"/{field}", message, given, f"at most {available}"))
-        counts[field] = min(given, available)
+        named = isinstance(data.source, ImagesSource) and field not in spec.model_fields_set
+        counts[field] = available if named else min(given, available)
     return counts
 
 
@@ -354,6 +358,12 @@ def _real_label_faults(path: str, data: DataConfig, source: SourceCheckpoint) ->
     elif not source.model.has_classifier:
         why = f"checkpoint {source.checkpoint_id} has no classifier"
     return [] if why is None else [FieldError("/real_labels", f"real_labels does not apply: {why}", path, "nothing")]
+
+
+def _refuse_without_labels(kind: str, data: DataConfig) -> None:
+    if isinstance(data.source, ImagesSource):
+        message = f"uploaded images have no labels, which a job of kind {kind} needs: only inspect jobs read them"
+        raise SpecError.at("/data/source/type", message, data.source.type, "torchvision, folder, synthetic")
 
 
 def _refuse_without_classifier(

@@ -28,7 +28,7 @@ class DatasetCard(Stored):
     """What submission needs to know of a data set: counts, classes, fingerprint."""
 
     name: str
-    type: Literal["torchvision", "folder", "synthetic"]
+    type: Literal["torchvision", "folder", "synthetic", "images"]
     num_classes: int
     class_names: tuple[str, ...] | None = None
     splits: tuple[SplitInfo, ...]

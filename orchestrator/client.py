@@ -34,6 +34,7 @@ from orchestrator.schemas import (
     ExportPage,
     FilePublic,
     Health,
+    ImagePublic,
     ImportCreate,
     JobCard,
     JobEdit,
@@ -321,6 +322,19 @@ class Searches:
         return self._connection.post(SearchPublic, f"/v1/searches/{job_id}/slots", {"slots": slots})
 
 
+class Images:
+    """Images to look at, for inspect jobs."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def upload(self, image: Path | bytes) -> ImagePublic:
+        """Upload an image, a file or its bytes; the server keeps it for a week if it is not told otherwise."""
+        content = image if isinstance(image, bytes) else image.read_bytes()
+        headers = {"Content-Type": "application/octet-stream"}
+        return parse(ImagePublic, self._connection.request("POST", "/v1/images", content=content, headers=headers))
+
+
 class Checkpoints:
     """Checkpoints: what they are, and their files."""
 
@@ -420,6 +434,7 @@ class Client:
         self.jobs = Jobs(self._connection)
         self.searches = Searches(self._connection)
         self.checkpoints = Checkpoints(self._connection)
+        self.images = Images(self._connection)
         self.vtab = Vtab(self._connection)
 
     def plan(self, spec: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, gpu: str | None = None) -> Plan:

@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,6 +35,7 @@ from orchestrator.weights_file import FetchError, WeightsFile
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 _NUM_TRIES = 4
+_SYNC_BYTES = 64 * 1024**2
 _TIMEOUT_S = 30.0
 """Of silence, of the store."""
 
@@ -151,6 +152,10 @@ class _Download:
         self._num_threads = num_threads
         self._on_bytes = on_bytes
         self._stop = threading.Event()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._syncing: Future[None] | None = None
+        self._num_unsynced = 0
+        self._counting = threading.Lock()
 
     def run(self, blocks: list[_Block]) -> int:
         """Returns the bytes that were read from the server."""
@@ -164,6 +169,7 @@ class _Download:
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
+            self._syncer.shutdown()
             self._ranges.close()
 
     def _ensure(self, block: _Block) -> int:
@@ -174,8 +180,17 @@ class _Download:
             data = self._read_verified(block)
             self._file.write(name, block.start, data)
             num_bytes_read = len(data)
+            self._sync_now_and_then(num_bytes_read)
         self._on_bytes(block.num_bytes)
         return num_bytes_read
+
+    def _sync_now_and_then(self, num_bytes: int) -> None:
+        """The disk writes while blocks come in; otherwise all of it is waited for at the end."""
+        with self._counting:
+            self._num_unsynced += num_bytes
+            if self._num_unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._num_unsynced = 0
+                self._syncing = self._syncer.submit(self._file.sync)
 
     def _read_verified(self, block: _Block) -> memoryview:
         """The block's bytes, until this thread reads the next one."""

@@ -340,6 +340,16 @@ class ImportCreate(Strict):
     config: NetworkConfig | None = Field(None, description="The whole configuration, of a file of ours.")
 
 
+class ImagePublic(Stored):
+    """An uploaded image, for `data.source` of an inspect job."""
+
+    id: str = Field(description="img_…")
+    num_bytes: int
+    media_type: str
+    created_at: AwareDatetime
+    expires_at: AwareDatetime = Field(description="Kept until then.")
+
+
 class PartPublic(Stored):
     """A part that has arrived."""
 

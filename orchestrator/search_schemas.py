@@ -49,6 +49,7 @@ class SearchPublic(Stored):
     mode: Literal["max", "min"]
     num_trials: int = Field(description="The budget now.")
     slots: int | None = Field(description="At most so many trials side by side, if a user said so.")
+    places: int | None = Field(None, description="So many may run side by side now, if the scheduler has changed it.")
     num_ended: int
     states: dict[str, int] = Field(description="Trials by state.")
     gpu_seconds: float = Field(description="Of all trials.")

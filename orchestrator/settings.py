@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     )
     max_import_bytes: int = Field(16 * 1024**3, description="The largest weights file that may be uploaded.")
     upload_expires_s: float = Field(24 * 3600.0, description="An upload that is not complete by then is aborted.")
+    image_expires_s: float = Field(7 * 24 * 3600.0, description="An image uploaded for inspect jobs is kept so long.")
     ray_address: str = Field("http://127.0.0.1:8265", description="Ray's dashboard (Jobs and State API).")
     ray_token: SecretStr = SecretStr("")
     entrypoint: str = Field("python -m workers.driver", description="Constant command of every Ray job.")

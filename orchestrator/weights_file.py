@@ -73,6 +73,10 @@ class WeightsFile:
                 num_written = os.pwrite(descriptor, view[first:last], where)
                 first, where = first + num_written, where + num_written
 
+    def sync(self) -> None:
+        """Wait until the disk has what has been written of the tensors."""
+        os.fdatasync(self._file)
+
     def read(self, shard: str, start: int, num_bytes: int) -> bytearray:
         """The bytes [start, start + num_bytes) of a shard, as far as they have come; the rest is zeros."""
         data = bytearray(num_bytes)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import vit
-from configs.data import DataConfig
+from configs.data import DataConfig, ImagesSource
 from configs.layout import picture_index_key, pictures_prefix
 from configs.model import VitConfig
 from configs.reasons import ExitReason
@@ -91,7 +91,7 @@ def inspect_checkpoint(
     written = []
     # Drawing and encoding: settings of the style are read at both.
     with style():
-        for drawing in draw(model, spec, looked, attempt.dataset):
+        for drawing in draw(model, spec, looked, _class_names(spec, model, attempt.dataset, manifest)):
             written.append(write(store, attempt.job_id, drawing))
             reporter.event("picture.drawn", f"Drew {drawing.name}", {"name": drawing.name})
             if not keep_going():
@@ -116,8 +116,10 @@ def _split(data: DataConfig) -> str:
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
-def choose_images(num_images: int, count: int, seed: int) -> NDArray[np.int64]:
-    """So many of the images, in random order: fewer are the first of more."""
+def choose_images(data: DataConfig, num_images: int, count: int, seed: int) -> NDArray[np.int64]:
+    """So many of the images, in random order: fewer are the first of more. Uploaded ones as they were named."""
+    if isinstance(data.source, ImagesSource):
+        return np.arange(count, dtype=np.int64)
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
     return order[:count].numpy()
 
@@ -143,7 +145,7 @@ def look(
     wanted = spec.wanted(config)
     num_shown = spec.num_rollout_images if "attention_rollout" in wanted else 0
     count = max(num_shown, spec.num_images if "attention_distance" in wanted else 0)
-    chosen = choose_images(len(source), count, spec.seed)
+    chosen = choose_images(data, len(source), count, spec.seed)
     loader = EvalLoader(
         Selection(source, chosen),
         data,
@@ -218,8 +220,10 @@ def _predicted(model: vit.ViT, features: Tensor) -> Tensor:
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
-def draw(model: vit.Network, spec: InspectJob, looked: Looked | None, card: DatasetCard | None) -> Iterator[Drawing]:
-    """The pictures that the job names, one after the other."""
+def draw(
+    model: vit.Network, spec: InspectJob, looked: Looked | None, names: tuple[str, ...] | None
+) -> Iterator[Drawing]:
+    """The pictures that the job names, one after the other; `names`: of the classes the model tells apart."""
     for name in spec.wanted(model.config):
         if name == "stem_filters":
             yield draw_stem_filters(stem_filters(model).cpu().numpy())
@@ -235,7 +239,7 @@ def draw(model: vit.Network, spec: InspectJob, looked: Looked | None, card: Data
             if name == "attention_distance":
                 yield _draw_distance(model.config, looked)
             else:
-                yield draw_attention_rollout(**looked.shown, class_names=_class_names(model.config, card))
+                yield draw_attention_rollout(**looked.shown, class_names=names)
 
 
 def _positions(config: VitConfig) -> str:
@@ -254,11 +258,18 @@ def _draw_distance(config: VitConfig, looked: Looked) -> Drawing:
     )
 
 
-def _class_names(config: VitConfig, card: DatasetCard | None) -> tuple[str, ...] | None:
-    """None where the model was trained to tell other classes apart than the images have."""
-    if card is None or card.class_names is None or card.num_classes != config.num_classes or not config.has_classifier:
+def _class_names(
+    spec: InspectJob, model: vit.Network, card: DatasetCard | None, manifest: Manifest
+) -> tuple[str, ...] | None:
+    """Of the images; of uploaded ones, which have none, those of the checkpoint. None where the model was trained to
+    tell other classes apart than the images have, or none."""
+    config = model.config
+    if not config.has_classifier:
         return None
-    return card.class_names
+    if spec.data is not None and isinstance(spec.data.source, ImagesSource):
+        names = manifest.preprocess.class_names
+        return names if names is not None and len(names) == config.num_classes else None
+    return card.class_names if card is not None and card.num_classes == config.num_classes else None
 
 
 def write(store: ObjectStore, job_id: str, drawing: Drawing) -> Picture:

@@ -10,6 +10,7 @@ import structlog
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.services.images import MAX_IMAGE_BYTES
 from orchestrator.services.problems import TooLarge, problem_response
 
 log = structlog.get_logger(__name__)
@@ -17,12 +18,15 @@ MAX_BODY_BYTES = 1024 * 1024
 # A driver that was cut off delivers a whole spool of points at once.
 MAX_REPORT_BYTES = 8 * 1024 * 1024
 INTERNAL_PREFIX = "/internal/"
+IMAGE_PATHS = ("/v1/images", "/dashboard/files/images")
 Observe = Callable[[str, str | None, int, float], None]
 
 
 def body_limit(path: str) -> int:
     """The largest body accepted at `path`, in bytes."""
-    return MAX_REPORT_BYTES if path.startswith(INTERNAL_PREFIX) else MAX_BODY_BYTES
+    if path.startswith(INTERNAL_PREFIX):
+        return MAX_REPORT_BYTES
+    return MAX_IMAGE_BYTES if path in IMAGE_PATHS else MAX_BODY_BYTES
 
 
 class BodyLimit:

@@ -1,4 +1,5 @@
-"""Weights from elsewhere: upload a file to the object store in parts, and have it imported as a checkpoint."""
+"""What users bring: weights from elsewhere, uploaded to the object store in parts and imported as a checkpoint; and
+images to look at."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Response
 
-from orchestrator.api.deps import Member, ServicesDep, Viewer, body_schema, json_body
+from orchestrator.api.deps import Member, RawBody, ServicesDep, Viewer, body_schema, json_body
 from orchestrator.api.examples import IMPORT, PART_URLS
-from orchestrator.schemas import ImportCreate, JobPublic, PartUrls, PartUrlsCreate, UploadPublic
-from orchestrator.services import uploads
+from orchestrator.schemas import ImagePublic, ImportCreate, JobPublic, PartUrls, PartUrlsCreate, UploadPublic
+from orchestrator.services import images, uploads
 from orchestrator.services.problems import declares
 
 router = APIRouter(prefix="/v1", tags=["uploads"])
@@ -83,3 +84,21 @@ def complete_upload(services: ServicesDep, actor: Member, upload_id: UploadId) -
 def abort_upload(services: ServicesDep, _: Member, upload_id: UploadId) -> None:
     """Give an upload up; its parts are deleted."""
     uploads.abort_upload(services.db, services.store, upload_id)
+
+
+_IMAGE_BODY = {"schema": {"type": "string", "format": "binary"}}
+
+
+@router.post(
+    "/images",
+    status_code=201,
+    operation_id="upload_image",
+    openapi_extra={
+        "requestBody": {"required": True, "content": dict.fromkeys((*images.MEDIA_TYPES, "image/*"), _IMAGE_BODY)}
+    },
+    responses={201: {"model": ImagePublic}, **declares(401, 403, 413, 422, 503)},
+)
+def upload_image(services: ServicesDep, actor: Member, content: RawBody) -> ImagePublic:
+    """Upload an image, the body as it is, to see what a checkpoint attends to in it: name its id in
+    `data.source: {type: images, ids: […]}` of an inspect job."""
+    return images.upload_image(services.db, services.store, services.settings, actor, content)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.load import apply_overrides
-from configs.pictures import PICTURES
+from configs.pictures import PICTURES, READ_IMAGES
 from orchestrator.cli import output
 from orchestrator.cli.follow import follow_job
 from orchestrator.cli.options import Json, Overrides, Token, Url, client_for, find_job, parse_overrides
@@ -34,6 +34,12 @@ def inspect(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Wait, and put pictures and numbers into this folder.")
     ] = None,
+    own: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", "-i", metavar="FILE", exists=True, dir_okay=False, help="Look at this image; may be repeated."
+        ),
+    ] = None,
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Over which attention distance is averaged; 128.")
     ] = None,
@@ -56,7 +62,8 @@ def inspect(
 
     stem_filters         first convolution of a hybrid or a BiT ResNet
 
-    Without --picture: all that the model has. Images come from the evaluation split of the checkpoint's data.
+    Without --picture: all that the model has. Images come from the evaluation split of the checkpoint's data, or are
+    your own (--image): then only what shows images is drawn.
 
     Examples:
 
@@ -64,15 +71,17 @@ def inspect(
 
       patchwork inspect ckpt_... -p attention_distance --images 512 --follow
 
+      patchwork inspect ckpt_... -i cat.jpg -i dog.jpg --to pictures
+
       patchwork inspect last --to pictures                 # the newest job: a checkpoint of it, or its pictures
     """
     out = output.errors() if as_json else output.console()
     with client_for(ctx, url, token) as client:
         done = _inspect_job(client, checkpoint)
-        if done is not None and (picture or images or overrides or name):
+        if done is not None and (picture or own or images or overrides or name):
             raise PatchworkError(f"{done.id} is an inspect job: its pictures are fetched as they are")
         if done is None:
-            job = client.jobs.create(_description(client, checkpoint, picture, images, overrides, name))
+            job = client.jobs.create(_description(client, checkpoint, picture, own, images, overrides, name))
             out.print(f"Submitted [bold]{job.id}[/] ({escape(job.name)}).")
         else:
             job = done
@@ -110,6 +119,7 @@ def _description(
     client: Client,
     reference: str,
     pictures: list[str] | None,
+    own: list[Path] | None,
     num_images: int | None,
     overrides: list[str] | None,
     name: str | None,
@@ -123,6 +133,10 @@ def _description(
         "init_from": found.id,
         "resources": {"gpus_per_worker": 1 if has_gpus else 0},
     }
+    if own:
+        ids = [client.images.upload(path).id for path in own]
+        spec["data"] = {"source": {"type": "images", "ids": ids}}
+        pictures = pictures or [name for name in PICTURES if name in READ_IMAGES]
     if pictures:
         spec["pictures"] = pictures
     if num_images is not None:

@@ -45,7 +45,7 @@ from orchestrator.storage.registry import (
     resolve_ref,
 )
 from orchestrator.storage.store import AlreadyExists, NotFound, ObjectStore
-from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow, MetricRow
+from orchestrator.storage.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SearchRow
 
 TRAIN_LOSS = "train/loss"
 STEP_TIME = "perf/step_time_s/"
@@ -228,6 +228,8 @@ def _insert(
         created_at=now,
     )
     session.add(attempt)
+    if job.kind == "search":
+        session.get_one(SearchRow, job.id).places = None
     job.num_attempts = file.number
     job.step = step
     job.start_workers = None

@@ -35,7 +35,7 @@ from orchestrator.control.reconciler import Reconciler, utc_now
 from orchestrator.control.sinks.configured import configured_sinks
 from orchestrator.control.sinks.deliver import Deliverer, forget_other_sinks
 from orchestrator.control.sinks.sink import Sink
-from orchestrator.control.sweep_uploads import sweep_uploads
+from orchestrator.control.sweep_uploads import sweep_images, sweep_uploads
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage.db import Database, is_unavailable
 from orchestrator.storage.store import ObjectStore, S3Store, StoreError, StoreUnfit
@@ -148,6 +148,7 @@ class Controller:
 
     def _sweep_once(self) -> None:
         sweep_uploads(self._db, self._store, utc_now(), self._settings.upload_expires_s)
+        sweep_images(self._db, self._store, utc_now())
 
     def _write_on(self, sink: Sink) -> None:
         """A thread of its own for each sink: one that hangs holds up nobody."""

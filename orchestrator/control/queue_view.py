@@ -11,17 +11,27 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import structlog
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from configs.reasons import ExitReason
 from configs.service import Resources
 from configs.states import AttemptState, Desired, JobState
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
-from orchestrator.control.scheduling import ClusterView, Reservation, Start, Wait, WaitingJob, Worker, schedule
+from orchestrator.control.scheduling import (
+    ClusterView,
+    Reservation,
+    RunningSearch,
+    Start,
+    Wait,
+    WaitingJob,
+    Worker,
+    schedule,
+    share_places,
+)
 from orchestrator.storage.db import Database, upsert
 from orchestrator.storage.events import SCHEDULER, lock_job, record
-from orchestrator.storage.tables import AttemptRow, ClusterRow, JobRow
+from orchestrator.storage.tables import AttemptRow, ClusterRow, JobRow, SearchRow
 
 log = structlog.get_logger(__name__)
 CLUSTER_ROW_ID = 1
@@ -35,6 +45,8 @@ class Needs(NamedTuple):
     worker: Worker
     world_sizes: tuple[int, ...]
     depends_on: tuple[str, ...]
+    per_trial: int
+    """Of a search: workers of a trial."""
 
 
 class _Queued(NamedTuple):
@@ -77,14 +89,32 @@ def load_reservations(session: Session, excluding: str | None = None) -> tuple[R
         )
     )
     reservations = []
+    searches = _held_by_searches(session)
     for job in filter(_is_readable, jobs):
         attempt = last_attempt(session, job)
         worker = needs(job.spec_json).worker
         if job.state == JobState.QUEUED:
             reservations.append(Reservation(job.id, job.start_workers or 0, worker))
         elif attempt is not None:
-            reservations.append(Reservation(job.id, attempt.world_size, worker, _nodes(attempt)))
+            held = searches.get(job.id, attempt.world_size)
+            reservations.append(Reservation(job.id, held, worker, _nodes(attempt)))
     return tuple(reservations)
+
+
+def _held_by_searches(session: Session) -> dict[str, int]:
+    """Workers of the searches whose places the scheduler has changed: for as many trials as may run or, while it is
+    more, as many as do."""
+    changed = select(SearchRow.job_id, SearchRow.places, JobRow.spec_json).join(JobRow, JobRow.id == SearchRow.job_id)
+    found = session.execute(changed.where(JobRow.state.in_(_HOLDING), SearchRow.places.is_not(None))).all()
+    if not found:
+        return {}
+    under_way = select(JobRow.search_id, func.count()).where(
+        JobRow.search_id.in_([row.job_id for row in found]), JobRow.state.in_(_HOLDING)
+    )
+    trials = dict(session.execute(under_way.group_by(JobRow.search_id)).all())
+    return {
+        row.job_id: max(row.places or 0, trials.get(row.job_id, 0)) * needs(row.spec_json).per_trial for row in found
+    }
 
 
 def last_attempt(session: Session, job: JobRow) -> AttemptRow | None:
@@ -101,12 +131,13 @@ def needs(spec_json: bytes) -> Needs:
     low, high = resources.worker_range
     batch = (spec.get("train") or {}).get("global_batch_size")
     sizes = tuple(n for n in range(low, high + 1) if batch is None or batch % n == 0)
+    per_trial = 1
     if spec.get("kind") == "search":
         # Whole trials.
-        each = low // spec["concurrency"]["min"]
-        sizes = tuple(range(low, high + 1, each))
+        per_trial = low // spec["concurrency"]["min"]
+        sizes = tuple(range(low, high + 1, per_trial))
     worker = Worker(resources.cpus_per_worker, resources.gpus_per_worker, resources.accelerator)
-    return Needs(worker, sizes, tuple((spec.get("queue") or {}).get("depends_on") or ()))
+    return Needs(worker, sizes, tuple((spec.get("queue") or {}).get("depends_on") or ()), per_trial)
 
 
 def schedule_queue(db: Database, now: datetime) -> int:
@@ -116,19 +147,59 @@ def schedule_queue(db: Database, now: datetime) -> int:
             JobRow.state == JobState.QUEUED, JobRow.search_id.is_(None)
         )
         said = {row.id: (row.reason, row.message) for row in session.execute(waiting)}
-        if not said:
+        searches = _running_searches(session)
+        if not said and not searches:
             return 0
         view = load_view(session, now)
     started = 0
     for waiting_job in view.waiting:
         if failed := [(id_, state) for id_, state in waiting_job.depends_on if state in _WITHOUT_SUCCESS]:
             _give_up(db, waiting_job.job_id, failed, now)
-    for decision in schedule(view):
+    decisions = schedule(view)
+    shares = share_places(view, decisions, searches)
+    for search in searches:
+        if shares.get(search.job_id, search.places) != search.places:
+            _grant(db, search, shares[search.job_id], now)
+    for decision in decisions:
         if isinstance(decision, Start):
             started += _let_go(db, decision, now)
         elif said.get(decision.job_id) != (decision.reason, decision.message):
             _explain(db, decision, now)
     return started
+
+
+def _running_searches(session: Session) -> list[RunningSearch]:
+    running = (
+        select(JobRow, SearchRow)
+        .join(SearchRow, SearchRow.job_id == JobRow.id)
+        .where(JobRow.state == JobState.RUNNING, JobRow.desired == Desired.RUN)
+    )
+    found = []
+    for job, limits in session.execute(running):
+        attempt = last_attempt(session, job)
+        if attempt is None or attempt.state == AttemptState.ENDED or not _is_readable(job):
+            continue
+        wanted = needs(job.spec_json)
+        began_with = attempt.world_size // wanted.per_trial
+        most = wanted.world_sizes[-1] // wanted.per_trial
+        found.append(
+            RunningSearch(
+                job_id=job.id,
+                worker=wanted.worker,
+                per_trial=wanted.per_trial,
+                began_with=began_with,
+                places=began_with if limits.places is None else limits.places,
+                most=most if limits.slots is None else min(most, limits.slots),
+            )
+        )
+    return found
+
+
+def _grant(db: Database, search: RunningSearch, places: int, now: datetime) -> None:
+    with db.session() as session:
+        session.get_one(SearchRow, search.job_id, with_for_update=True).places = places
+        message = f"{places} trials may run side by side now, {search.places} before"
+        record(session, search.job_id, "search.places", message, SCHEDULER, data={"places": places}, at=now)
 
 
 def store_cluster(db: Database, status: ClusterStatus | None, message: str, now: datetime) -> None:

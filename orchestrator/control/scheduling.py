@@ -56,6 +56,19 @@ class Reservation:
 
 
 @dataclass(frozen=True)
+class RunningSearch:
+    """A search that runs, whose trials may be more or fewer. `places`: trials side by side now; `most`: that its spec
+    or a user allows."""
+
+    job_id: str
+    worker: Worker
+    per_trial: int
+    began_with: int
+    places: int
+    most: int
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """Everything `schedule` looks at. `nodes` is None while the cluster does not answer."""
 
@@ -105,6 +118,30 @@ def schedule(view: ClusterView) -> list[Decision]:
                 head = job
         decisions.append(decision)
     return decisions
+
+
+def share_places(view: ClusterView, decisions: Sequence[Decision], searches: Iterable[RunningSearch]) -> dict[str, int]:
+    """How many trials each search may run side by side now. What is free is shared among searches as long as nobody
+    waits for workers; then each falls back to what it began with, as its trials end."""
+    if view.nodes is None:
+        return {}
+    free = _Free.of(view.nodes)
+    for reservation in view.reserved:
+        free.take_reserved(reservation)
+    workers = {job.job_id: job.worker for job in view.waiting}
+    for decision in decisions:
+        if isinstance(decision, Start):
+            free.take(workers[decision.job_id], decision.world_size)
+    is_wanted = any(isinstance(d, Wait) and d.reason is QueueReason.WAITING_FOR_WORKERS for d in decisions)
+    shares = {}
+    for search in sorted(searches, key=lambda search: search.job_id):
+        if is_wanted:
+            shares[search.job_id] = min(search.most, search.began_with, search.places)
+            continue
+        share = min(search.most, search.places + free.num_slots(search.worker) // search.per_trial)
+        free.take(search.worker, max(0, share - search.places) * search.per_trial)
+        shares[search.job_id] = share
+    return shares
 
 
 def in_order(waiting: Iterable[WaitingJob]) -> list[WaitingJob]:

@@ -1,17 +1,17 @@
-"""The controller's sweep of uploads: what was abandoned, and files that have been imported."""
+"""The controller's sweep of uploads: what was abandoned, files that have been imported, images that have expired."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
-from configs.layout import upload_key, uploads_prefix
+from configs.layout import image_key, upload_key, uploads_prefix
 from configs.states import JobState
 from orchestrator.storage.db import Database
 from orchestrator.storage.store import ObjectStore
-from orchestrator.storage.tables import JobRow, UploadRow
+from orchestrator.storage.tables import ImageRow, JobRow, UploadRow
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,22 @@ def sweep_uploads(db: Database, store: ObjectStore, now: datetime, expires_s: fl
     if swept:
         log.info("Uploads swept.", uploads=swept)
     return swept
+
+
+def sweep_images(db: Database, store: ObjectStore, now: datetime) -> list[str]:
+    """Delete images that have expired. Returns their ids.
+
+    Raises:
+        StoreError: the store failed; the next call tries again.
+    """
+    with db.reader() as session:
+        expired = list(session.scalars(select(ImageRow.id).where(ImageRow.expires_at <= now)))
+    if expired:
+        store.delete([image_key(image_id) for image_id in expired])
+        with db.session() as session:
+            session.execute(delete(ImageRow).where(ImageRow.expires_at <= now))
+        log.info("Images swept.", count=len(expired))
+    return expired
 
 
 def _left_over(db: Database, now: datetime) -> list[tuple[str, str | None]]:

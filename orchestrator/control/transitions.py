@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from configs.states import Desired, JobState
 from orchestrator.storage.events import lock_job, record, record_first
+from orchestrator.storage.insert import insert_row
 from orchestrator.storage.tables import JobRow
 
 
@@ -101,8 +102,7 @@ def enqueue(session: Session, job: JobRow, *, actor: str, at: datetime | None = 
     job.desired = Desired.RUN
     job.state_since = at
     job.created_at = job.created_at or at
-    session.add(job)
-    session.flush()
+    insert_row(session, job)
     message = f"{job.kind} job {job.name!r} was submitted"
     record_first(session, job.id, "job.queued", message, actor, at)
     return job

@@ -7,7 +7,7 @@ import hashlib
 from fastapi import FastAPI
 from nicegui import app, ui
 
-from orchestrator.dashboard import downloads, mount, parts
+from orchestrator.dashboard import downloads, drop, mount, parts
 from orchestrator.dashboard.access import PATH, Access
 from orchestrator.dashboard.frame import Frame, Site, url
 from orchestrator.dashboard.pages import compare, job, jobs, overview, submit, tokens
@@ -29,6 +29,7 @@ def build(services: mount.Services, access: Access) -> FastAPI:
     for page in (overview, jobs, job, submit, compare, tokens):
         page.register(site)
     downloads.register(app, services)
+    drop.register(app, services, access)
     shell = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     ui.run_with(
         shell,

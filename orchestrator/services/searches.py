@@ -50,6 +50,7 @@ def get_search(db: Database, job_id: str) -> SearchPublic:
             mode=spec.natural_mode,
             num_trials=limits.num_trials,
             slots=limits.slots,
+            places=limits.places,
             num_ended=sum(trial.state.is_terminal for trial in trials),
             states=dict(Counter(str(trial.state) for trial in trials)),
             gpu_seconds=sum(trial.gpu_seconds for trial in trials),

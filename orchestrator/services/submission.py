@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from configs.calibration import Calibration
-from configs.data import FolderSource
+from configs.data import FolderSource, ImagesSource
 from configs.datasets import PLANNING_CARDS, card_for
 from configs.errors import FieldError, SpecError, close_matches, to_pointer
 from configs.ids import JOB_ID, new_job_id
@@ -35,6 +35,7 @@ from orchestrator.schemas import JobCreate, JobPreview
 from orchestrator.services.auth import Actor
 from orchestrator.services.calibration import calibrate
 from orchestrator.services.idempotency import Answer, Key, claim, remember
+from orchestrator.services.images import missing_images
 from orchestrator.services.jobs import check_action, find_job, publish_new
 from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
@@ -313,6 +314,8 @@ def _look_up(
     if for_plan:
         known = {**PLANNING_CARDS, **known}
     card = None if data is None else _collect(faults, lambda: card_for(data.source, known))
+    if data is not None and isinstance(data.source, ImagesSource):
+        faults.extend(missing_images(session, data.source))
     filled = _collect(faults, lambda: fill_probes(spec, known))
     _collect(faults, lambda: _check_dependencies(session, spec))
     if faults or filled is None:

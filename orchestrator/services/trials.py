@@ -58,6 +58,7 @@ def search_state(db: Database, attempt_id: str) -> SearchState:
             job_id=search.id,
             num_trials=limits.num_trials,
             slots=limits.slots,
+            places=limits.places,
             ran_s=ran_s,
             trials=trial_records(session, search),
         )
@@ -68,7 +69,7 @@ def search_limits(db: Database, attempt_id: str) -> SearchLimits:
     with db.reader() as session:
         search, _ = _speaking(session, attempt_id)
         row = session.get_one(SearchRow, search.id)
-        return SearchLimits(num_trials=row.num_trials, slots=row.slots)
+        return SearchLimits(num_trials=row.num_trials, slots=row.slots, places=row.places)
 
 
 def trial_records(session: Session, search: JobRow) -> tuple[TrialRecord, ...]:

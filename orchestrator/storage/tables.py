@@ -156,7 +156,9 @@ class SearchRow(Base):
     num_trials: Mapped[int] = mapped_column(Integer)
     """The budget now; it only grows."""
     slots: Mapped[int | None] = mapped_column(Integer, nullable=True)
-    """At most so many trials side by side."""
+    """At most so many trials side by side: a user's word."""
+    places: Mapped[int | None] = mapped_column(Integer, nullable=True)
+    """So many trials may run side by side now: the scheduler's word. None: as many as the attempt began with."""
 
 
 class TrialRow(Base):
@@ -339,6 +341,19 @@ class UploadRow(Base):
     expires_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None] = mapped_column(nullable=True)
     """Nothing of the file is left in the store."""
+
+
+class ImageRow(Base):
+    """An image that somebody uploaded to have it looked at; the object store holds it until it expires."""
+
+    __tablename__ = "images"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(64))
+    created_by: Mapped[str] = mapped_column(String(64), default="")
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class DatasetRow(Base):

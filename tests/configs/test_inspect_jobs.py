@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from configs.data import DataConfig
+from configs.datasets import card_for
 from configs.errors import FieldError, SpecError
 from configs.model import BitConfig, ResNetConfig, VitConfig
 from configs.pictures import PICTURES, PictureName, pictures_of, why_not
@@ -151,3 +152,44 @@ def test_an_inspection_is_planned() -> None:
     assert found.exaflops == pytest.approx(2 * found.macs * 128 / 1e18)
     assert plan(job(INSPECT), None, None, bit()).num_examples == 0
     assert plan(job(INSPECT, pictures=["attention_rollout"]), CARD, None, source(data=DATA)).num_examples == 8
+
+
+IMAGES = [f"img_01ARZ3NDEKTSV4RRFFQ69G5FA{letter}" for letter in "ABC"]
+OWN = {"source": {"type": "images", "ids": IMAGES}}
+
+
+def test_uploaded_images_are_all_looked_at_prepared_as_the_checkpoint_wants_them() -> None:
+    spec = job(INSPECT, data=OWN)
+    assert isinstance(spec, InspectJob)
+    assert spec.data is not None
+    card = card_for(spec.data.source, {})
+    src = source()  # says nothing of its data: weights that were imported
+    found = resolve(spec, card, src)
+    assert found.data is not None
+    assert (found.num_images, found.num_rollout_images) == (3, 3)
+    assert (found.data.mean, found.data.std) == (src.preprocess.mean, src.preprocess.std)
+    assert resolved(src, card, data=OWN, num_rollout_images=2).num_rollout_images == 2
+    assert "at most 3" in str(faults(src, card, data=OWN, num_images=4)["/num_images"].allowed)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ([], "at least 1"),
+        (IMAGES[:1] * 2, "named twice"),
+        (["../../secret"], "text matching"),
+        ([f"img_01ARZ3NDEKTSV4RRFFQ69G5{n:03d}" for n in range(65)], "at most 64"),
+    ],
+)
+def test_images_are_named_by_their_ids_each_once(ids: list[str], reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        job(INSPECT, data={"source": {"type": "images", "ids": ids}})
+
+
+def test_jobs_that_need_labels_refuse_uploaded_images() -> None:
+    data = DataConfig.model_validate(OWN)
+    card = card_for(data.source, {})
+    for spec in (job(PRETRAIN, data=OWN), job(INSPECT, kind="evaluate", data=OWN)):
+        with pytest.raises(SpecError, match="have no labels") as caught:
+            resolve(spec, card, source())
+        assert caught.value.errors[0].pointer == "/data/source/type"

@@ -1,6 +1,7 @@
 """Searches whose parts are killed, on real parts: `python -m tests.faults.search_check [--only NAME] [--trials N]`.
 
     killed       SIGKILL of the search's driver and of the API; TPE gives the settings of an undisturbed run
+    head         SIGKILL of Ray's head: the search goes on, on the cluster that comes after it
     population   population-based training: the worse one is replaced, from the better one's checkpoint
     leaks        many tiny trials: no placement group, actor, process or temporary directory is left
 
@@ -28,7 +29,14 @@ from orchestrator.client import Client
 from orchestrator.embedded.stack import Stack
 from orchestrator.schemas import JobPublic
 from tests.stack.running import running_stack
-from tests.stack.test_search import assert_nothing_is_placed, search_whose_driver_and_api_die, searching
+from tests.stack.test_search import (
+    assert_as_undisturbed,
+    assert_nothing_is_placed,
+    search_whose_driver_and_api_die,
+    searching,
+    trains,
+    trial_job,
+)
 from workers.search.samplers import make_sampler
 
 DEADLINE_S = 1800.0
@@ -50,6 +58,24 @@ def succeeded(client: Client, job_id: str) -> JobPublic:
 def killed(client: Client, stack: Stack, num_trials: int) -> str:
     attempts = search_whose_driver_and_api_die(client, stack, num_trials, driver_at=2, api_at=4)
     return f"{num_trials} trials, each once, with the settings of an undisturbed run; attempts ended {attempts}"
+
+
+def head(client: Client, stack: Stack, num_trials: int) -> str:
+    asked = searching(algorithm="tpe", budget={"trials": num_trials}, concurrency=1, seed=3, name="headless")
+    search = client.jobs.create(asked)
+    trains(client, trial_job(client, search.id, 2))
+    (server,) = [
+        process
+        for process in psutil.Process(stack.pid("ray-head")).children(recursive=True)
+        if "gcs_server" in process.name()
+    ]
+    server.kill()
+    job = succeeded(client, search.id)
+    assert_as_undisturbed(client, job, num_trials)
+    lost = [a.exit_reason for t in client.searches.trials(search.id) for a in client.jobs.get(t.job_id).attempts]
+    attempts = [attempt.exit_reason for attempt in job.attempts]
+    check(len(attempts) == 2, f"attempts ended {attempts}")
+    return f"{num_trials} trials, each once; attempts ended {attempts}, of trials {lost}"
 
 
 def population(client: Client, stack: Stack, num_trials: int) -> str:
@@ -124,6 +150,7 @@ def leaks(client: Client, stack: Stack, num_trials: int) -> str:
 
 SCENARIOS: dict[str, Callable[[Client, Stack, int], str]] = {
     "killed": killed,
+    "head": head,
     "population": population,
     "leaks": leaks,
 }
@@ -132,7 +159,7 @@ SCENARIOS: dict[str, Callable[[Client, Stack, int], str]] = {
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=SCENARIOS, action="append")
-    parser.add_argument("--trials", type=int, default=None, help="default: 8 in killed, 50 in leaks")
+    parser.add_argument("--trials", type=int, default=None, help="default: 8, and 50 in leaks")
     given = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="pw-"))
     # For this program and all it starts: what others leave in the system's one is not looked at.

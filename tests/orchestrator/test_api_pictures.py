@@ -263,3 +263,32 @@ def test_inspect_of_a_job_that_failed_is_no_success(tmp_path: Path) -> None:
     }
     assert patchwork(routes, "inspect", JOB, "--to", str(tmp_path / "none")) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_inspect_of_images_of_ones_own_uploads_them_first(tmp_path: Path) -> None:
+    sent: list[dict[str, Any]] = []
+    uploaded: list[bytes] = []
+
+    def upload(request: httpx.Request) -> httpx.Response:
+        uploaded.append(request.content)
+        times = {"created_at": T0.isoformat(), "expires_at": T0.isoformat()}
+        return httpx.Response(201, json={"id": f"img_{len(uploaded)}", "num_bytes": 1, "media_type": "x"} | times)
+
+    def create(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content)["spec"])
+        return httpx.Response(201, json=job("QUEUED", kind="inspect"))
+
+    routes: Routes = {
+        ("GET", f"/v1/checkpoints/{CHECKPOINT['id']}"): ok(CHECKPOINT),
+        ("GET", "/v1/cluster"): ok(cluster(0.0)),
+        ("POST", "/v1/images"): upload,
+        ("POST", "/v1/jobs"): create,
+        ("GET", f"/v1/jobs/{JOB}/pictures"): ok({"checkpoint_id": None, "items": []}),
+    }
+    for name in ("cat.png", "dog.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    files = [str(tmp_path / name) for name in ("cat.png", "dog.png")]
+    assert patchwork(routes, "inspect", str(CHECKPOINT["id"]), "-i", files[0], "-i", files[1]) == 0
+    assert uploaded == [b"cat.png", b"dog.png"]
+    assert sent[0]["data"] == {"source": {"type": "images", "ids": ["img_1", "img_2"]}}
+    assert sent[0]["pictures"] == ["attention_distance", "attention_rollout"]

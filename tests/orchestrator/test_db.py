@@ -14,7 +14,9 @@ from sqlalchemy import func, inspect, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError, StatementError
 
 from orchestrator.storage.db import MIGRATIONS, Database, is_unavailable, upsert
-from orchestrator.storage.tables import Base, ClusterRow, EventRow, MetricRow
+from orchestrator.storage.insert import insert_row
+from orchestrator.storage.tables import Base, ClusterRow, EventRow, JobRow, MetricRow
+from tests.factories import make_job
 
 pytestmark = pytest.mark.db
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -188,3 +190,16 @@ def test_points_from_before_arrivals_were_counted_come_before_all_reports(empty_
         seqs = dict(session.execute(select(MetricRow.step, MetricRow.seq)).all())
     assert seqs[3] < seqs[7] < 0
     db.close()
+
+
+def test_a_row_inserted_at_once_is_the_row_that_is_read_and_belongs_to_the_session(db: Database) -> None:
+    row = make_job()
+    with db.session() as session:
+        insert_row(session, row)
+        inserted = {column.key: getattr(row, column.key) for column in JobRow.__table__.columns}
+        assert row in session
+        assert not inspect(row).modified
+        row.message = "changed later"
+    with db.reader() as session:
+        found = session.get_one(JobRow, row.id)
+        assert {name: getattr(found, name) for name in inserted} == inserted | {"message": "changed later"}

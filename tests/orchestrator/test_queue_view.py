@@ -45,7 +45,7 @@ def test_world_sizes_are_those_that_divide_the_batch() -> None:
     elastic = make_job(spec({"min": 1, "max": 5}))
     assert needs(elastic.spec_json).world_sizes == (1, 2, 3, 4)
     evaluation = make_job({"kind": "evaluate", "resources": {"workers": {"min": 1, "max": 3}, "gpus_per_worker": 1}})
-    assert needs(evaluation.spec_json) == (Worker(1, 1), (1, 2, 3), ())
+    assert needs(evaluation.spec_json) == (Worker(1, 1), (1, 2, 3), (), 1)
 
 
 def test_start_and_wait_are_written_down(db: Database) -> None:

@@ -11,12 +11,14 @@ from orchestrator.control.launcher import NodeInfo
 from orchestrator.control.scheduling import (
     ClusterView,
     Reservation,
+    RunningSearch,
     Start,
     Wait,
     WaitingJob,
     Worker,
     fitting_world_size,
     schedule,
+    share_places,
 )
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -201,3 +203,51 @@ def test_every_job_gets_one_decision_and_all_starts_fit_together(jobs: list[Wait
     assert all(size in j.world_sizes for j, size in started)
     positions = [d.position for d in decisions if isinstance(d, Wait)]
     assert positions == list(range(1, len(positions) + 1))
+
+
+# -- searches that run -------------------------------------------------------------------------------------------------
+def search(name: str, places: int, *, began_with: int = 1, most: int = 100, per_trial: int = 1) -> RunningSearch:
+    return RunningSearch(name, CPU, per_trial, began_with, places, most)
+
+
+def shares(seen: ClusterView, *searches: RunningSearch) -> dict[str, int]:
+    return share_places(seen, schedule(seen), searches)
+
+
+def test_a_search_takes_what_is_free_while_nobody_waits() -> None:
+    assert shares(view(reserved=(Reservation("s", 1, CPU),)), search("s", 1)) == {"s": 4}
+    assert shares(view(reserved=(Reservation("s", 1, CPU),)), search("s", 1, most=2)) == {"s": 2}
+    assert shares(view(reserved=(Reservation("s", 4, CPU),)), search("s", 4)) == {"s": 4}
+
+
+def test_trials_of_several_workers_are_taken_whole() -> None:
+    two = node("n1", cpus=7)
+    assert shares(view(nodes=(two,), reserved=(Reservation("s", 2, CPU),)), search("s", 1, per_trial=2)) == {"s": 3}
+
+
+def test_what_is_let_go_in_the_same_step_is_not_free() -> None:
+    assert shares(view(job("a", 2), reserved=(Reservation("s", 1, CPU),)), search("s", 1)) == {"s": 2}
+
+
+def test_while_somebody_waits_a_search_falls_back_to_what_it_began_with() -> None:
+    seen = view(job("a", 2), reserved=(Reservation("s", 4, CPU),))
+    assert shares(seen, search("s", 4, began_with=2)) == {"s": 2}
+    assert shares(seen, search("s", 1, began_with=2)) == {"s": 1}  # not more, either
+
+
+def test_a_job_that_waits_for_something_else_takes_no_places() -> None:
+    seen = view(job("a", 9), reserved=(Reservation("s", 2, CPU),))  # larger than the cluster
+    assert shares(seen, search("s", 2)) == {"s": 4}
+
+
+def test_fewer_by_a_users_word_at_once() -> None:
+    assert shares(view(reserved=(Reservation("s", 4, CPU),)), search("s", 4, began_with=4, most=1)) == {"s": 1}
+
+
+def test_what_is_free_is_given_once() -> None:
+    reserved = (Reservation("a", 1, CPU), Reservation("b", 1, CPU))
+    assert shares(view(reserved=reserved), search("b", 1), search("a", 1)) == {"a": 3, "b": 1}
+
+
+def test_nothing_changes_while_the_cluster_does_not_answer() -> None:
+    assert shares(view(nodes=None), search("s", 1)) == {}

@@ -14,14 +14,14 @@ from configs.reasons import ExitReason
 from configs.search_wire import SearchState, TrialBegun, TrialEnded, TrialRecord
 from configs.states import AttemptState, JobState
 from configs.wire import AttemptFile, Heartbeat, MetricPoint, ReportBatch
-from orchestrator.control.launcher import LaunchState
-from orchestrator.control.queue_view import load_view
+from orchestrator.control.launcher import ClusterStatus, LaunchState, NodeInfo
+from orchestrator.control.queue_view import load_reservations, load_view, schedule_queue, store_cluster
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.trials import release_trials
 from orchestrator.settings import Settings
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import AttemptRow, JobRow
-from tests.factories import make_exit, put_checkpoint
+from tests.factories import NOW, make_exit, put_checkpoint
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.memory_store import MemoryStore
 from tests.orchestrator.rows import PRETRAIN, add_attempt, move
@@ -380,11 +380,43 @@ def test_more_trials_for_a_search_that_runs(driven: Driven, api: TestClient) -> 
     for _ in range(2):
         response = api.post(f"/v1/searches/{driven.id}/trials", json={"trials": 4}, headers=key)
         assert response.status_code == 202
-    assert driven.ask("GET", "search/limits").json() == {"num_trials": 7, "slots": None}
+    assert driven.ask("GET", "search/limits").json() == {"num_trials": 7, "slots": None, "places": None}
     assert api.post(f"/v1/searches/{driven.id}/slots", json={"slots": 1}).json()["slots"] == 1
-    assert driven.ask("GET", "search/limits").json() == {"num_trials": 7, "slots": 1}
+    assert driven.ask("GET", "search/limits").json() == {"num_trials": 7, "slots": 1, "places": None}
     response = api.post(f"/v1/searches/{driven.id}/trials", json={"trials": 20_000})
     assert response.status_code == 422
+
+
+def test_a_search_takes_what_is_free_and_gives_it_back(driven: Driven, api: TestClient) -> None:
+    db = driven.db
+    nodes = ClusterStatus(cluster_id="session_1", nodes=(NodeInfo(id="n1", host="h1", cpus=6),))
+    store_cluster(db, nodes, "", NOW)
+
+    def places() -> int | None:
+        schedule_queue(db, NOW)
+        found: int | None = driven.ask("GET", "search/limits").json()["places"]
+        return found
+
+    def reserved() -> int:
+        with db.reader() as session:
+            return next(r.world_size for r in load_reservations(session) if r.job_id == driven.id)
+
+    # It began with one trial of two workers; nobody waits, and its spec allows three.
+    assert (places(), reserved()) == (3, 6)
+    files = [driven.begun(number, lr=number / 100) for number in (1, 2, 3)]
+    assert (places(), api.get(f"/v1/searches/{driven.id}").json()["places"]) == (3, 3)
+
+    # Somebody waits: no more trials than it began with; those under way keep their workers until they end.
+    waiting = str(api.post("/v1/jobs", json={"spec": PRETRAIN}).json()["id"])
+    assert (places(), reserved()) == (1, 6)
+    driven.end(1, files[0], ExitReason.NAN_LOSS)
+    assert (reserved(), driven.job(waiting).start_workers) == (4, None)
+    assert places() == 1
+    assert driven.job(waiting).start_workers == 2
+
+    # What is free again is taken again.
+    driven.end(2, files[1], ExitReason.NAN_LOSS)
+    assert (places(), reserved()) == (2, 4)
 
 
 def test_more_trials_for_a_search_that_has_ended(driven: Driven, api: TestClient) -> None:

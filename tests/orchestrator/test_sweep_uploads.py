@@ -3,13 +3,14 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import select
 
 from configs.ids import new_upload_id
-from configs.layout import upload_key
+from configs.layout import image_key, upload_key
 from configs.states import JobState
-from orchestrator.control.sweep_uploads import sweep_uploads
+from orchestrator.control.sweep_uploads import sweep_images, sweep_uploads
 from orchestrator.storage.db import Database
-from orchestrator.storage.tables import JobRow, UploadRow
+from orchestrator.storage.tables import ImageRow, JobRow, UploadRow
 from tests.factories import NOW, add_job
 from tests.fakes.memory_store import MemoryStore
 
@@ -83,3 +84,17 @@ def test_an_upload_that_no_row_names_is_aborted_after_a_while(db: Database) -> N
     assert store.uploads
     sweep_uploads(db, store, NOW + timedelta(seconds=DAY_S + 1), DAY_S)
     assert not store.uploads
+
+
+def test_images_are_deleted_once_they_have_expired(db: Database) -> None:
+    store = MemoryStore()
+    for image_id, expires_in_s in (("img_old", -1.0), ("img_young", 60.0)):
+        store.put(image_key(image_id), b"an image")
+        row = {"num_bytes": 8, "media_type": "image/png", "created_at": NOW}
+        with db.session() as session:
+            session.add(ImageRow(id=image_id, expires_at=NOW + timedelta(seconds=expires_in_s), **row))
+    assert sweep_images(db, store, NOW) == ["img_old"]
+    assert sweep_images(db, store, NOW) == []
+    assert [found.key for found in store.list("images/")] == [image_key("img_young")]
+    with db.reader() as session:
+        assert session.scalars(select(ImageRow.id)).all() == ["img_young"]

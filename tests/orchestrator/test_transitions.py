@@ -89,6 +89,7 @@ def test_a_go_ahead_does_not_outlive_the_launch(db: Database, to: JobState) -> N
 
 def test_enqueue_rolls_back_with_its_event(db: Database) -> None:
     job = make_job()
+    job_id = job.id
 
     def interrupted() -> None:
         with db.session() as session:
@@ -98,7 +99,7 @@ def test_enqueue_rolls_back_with_its_event(db: Database) -> None:
     with pytest.raises(RuntimeError):
         interrupted()
     with db.reader() as session:
-        assert session.get(JobRow, job.id) is None
+        assert session.get(JobRow, job_id) is None
         assert session.scalars(select(EventRow)).all() == []
 
 

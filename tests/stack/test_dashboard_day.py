@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from io import BytesIO
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from PIL import Image
+from playwright.sync_api import Browser, FilePayload, Page, expect
 from safetensors.numpy import load_file
 
 from orchestrator.client import Client
@@ -125,6 +127,24 @@ def test_a_day_at_the_dashboard(
         weights = load_file(download.value.path())
         assert weights["blocks.3.attn.qkv.weight"].shape == (192, 64)
 
+        # What it attends to in an image that is dropped on the page.
+        page.goto(f"{stack.url}/dashboard/jobs/{job_id}?tab=checkpoints")
+        page.get_by_role("button", name=f"Look into the checkpoint of step {job.progress.step:,}").click()
+        content = BytesIO()
+        Image.linear_gradient("L").save(content, "PNG")
+        dropped: list[FilePayload] = [
+            {"name": "a ramp.png", "mimeType": "image/png", "buffer": content.getvalue()},
+            {"name": "a note.png", "mimeType": "image/png", "buffer": b"this is no image"},
+        ]
+        files = page.get_by_role("dialog").get_by_label("Choose images")
+        files.set_input_files(dropped[1])
+        expect(page.get_by_text("a note.png: The body is not an image.")).to_be_visible()
+        files.set_input_files(dropped)
+        page.get_by_role("heading", name="my day-images").wait_for()
+        rollout = page.get_by_role("img", name="Attention rollout over 1 image.")
+        rollout.wait_for(timeout=_LONG_MS)
+        assert rollout.evaluate("image => image.decode().then(() => image.naturalWidth)") > 300
+
         # Side by side with its fork, and why another one failed.
         finished(client, fork_id)
         page.goto(f"{stack.url}/dashboard/compare?jobs={job_id},{fork_id}")
@@ -132,4 +152,6 @@ def test_a_day_at_the_dashboard(
         page.goto(f"{stack.url}/dashboard/jobs/{failed}")
         expect(page.get_by_text("DATA_ERROR").first).to_be_visible(timeout=_LONG_MS)
         expect(page.get_by_text("What to do:").first).to_be_visible()
-        assert visitor.errors == []
+        # The browser notes each of the two files that were no images.
+        assert len(visitor.errors) == 2, visitor.errors
+        assert all("422" in error for error in visitor.errors), visitor.errors

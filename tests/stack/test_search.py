@@ -155,7 +155,14 @@ def search_whose_driver_and_api_die(
     job = ended(client, search.id)
     reasons = [attempt.exit_reason for attempt in job.attempts]
     assert reasons == ["DRIVER_LOST", "COMPLETED"]
-    trials = client.searches.trials(search.id)
+    assert_as_undisturbed(client, job, num_trials)
+    return reasons
+
+
+def assert_as_undisturbed(client: Client, job: JobPublic, num_trials: int) -> None:
+    """Of a search that tried one setting after the other: each trial once, with the setting that the ends of those
+    before it give."""
+    trials = client.searches.trials(job.id)
     assert [(t.number, t.state) for t in trials] == [(n, "SUCCEEDED") for n in range(1, num_trials + 1)]
     assert len({t.job_id for t in trials}) == num_trials, "a trial was run as two"
     spec = load_resolved(job.spec)
@@ -164,12 +171,37 @@ def search_whose_driver_and_api_die(
     for index, trial in enumerate(trials):
         assert sampler.ask(index) == trial.params, f"trial {trial.number} has another setting"
         sampler.tell(index, trial.params, Outcome(trial.value, trial.step))
-    return reasons
 
 
 def test_a_search_outlives_its_driver_and_the_api(client: Client, stack: Stack) -> None:
     # The third setting is the first that depends on how others ended.
     search_whose_driver_and_api_die(client, stack, 3, driver_at=1, api_at=2)
+
+
+def test_a_search_makes_room_for_a_job_that_waits(client: Client, stack: Stack) -> None:
+    grid = {"optim.lr": {"type": "grid", "values": [1e-3, 2e-3, 3e-3, 4e-3]}}
+    asked = searching(space=grid, algorithm="grid", budget={"trials": 4}, concurrency={"min": 1, "max": 2})
+    asked["base"]["schedule"] = {"total_steps": 60, "warmup_steps": 2}
+    # All but one CPU are taken when it begins: one trial at a time.
+    cpus = int(sum(node.cpus for node in client.cluster().nodes))
+    large = {"workers": 1, "gpus_per_worker": 0, "cpus_per_worker": cpus - 1}
+    first = client.jobs.create(pretraining(resources=large, schedule__total_steps=20))
+    running_attempt(client, first.id, 1, DEADLINE_S)
+    search = client.jobs.create(asked)
+    trains(client, trial_job(client, search.id, 1))
+    finished(client, first.id, DEADLINE_S)
+    until("it takes what is free", lambda: client.searches.get(search.id).places == 2, DEADLINE_S)
+    # Another job that needs all but one: it starts while the search goes on, with one trial at a time.
+    other = client.jobs.create(pretraining(resources=large, schedule__total_steps=20))
+    until("it falls back", lambda: client.searches.get(search.id).places == 1, DEADLINE_S)
+    running_attempt(client, other.id, 1, DEADLINE_S)
+    assert not client.jobs.get(search.id).is_terminal, "it ended before the other job began: nothing is shown"
+    finished(client, other.id, DEADLINE_S)
+    job = ended(client, search.id)
+    assert len(job.attempts) == 1
+    assert [t.state for t in client.searches.trials(search.id)] == ["SUCCEEDED"] * 4
+    assert [e.data["places"] for e in client.jobs.events(search.id) if e.type == "search.places"][:2] == [2, 1]
+    assert_nothing_is_placed(stack)
 
 
 def test_asha_stops_the_worse_half_and_a_pause_holds_all(client: Client) -> None:

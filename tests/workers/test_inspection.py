@@ -12,7 +12,7 @@ from PIL import Image
 
 import vit
 from configs.data import DataConfig
-from configs.layout import picture_index_key, pictures_prefix
+from configs.layout import image_key, picture_index_key, pictures_prefix
 from configs.load import parse_spec
 from configs.model import VitConfig
 from configs.reasons import ExitReason
@@ -26,15 +26,20 @@ from tests.workers.rank_jobs import Result, Run, run_attempts
 from vit.attention_maps import attention_maps, mean_distance, rollout
 from vit.position_similarity import position_similarity
 from workers.checkpoint import read_manifest, read_weights
+from workers.data.errors import DataError
+from workers.data.images import UploadedImages
 from workers.data.loader import normalise
 from workers.data.open import open_data
+from workers.data.source import UNKNOWN_LABEL
 from workers.inspection import choose_images
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 HYBRID = {"stem": {"layers": [], "width": 32}, "patch_size": 1, "pool": "gap"}
 VIT_SOURCE, HYBRID_SOURCE = saved_at(1, 1), saved_at(1, 2)
-VIT_JOB, HYBRID_JOB, FEW_JOB, STOPPED_JOB = (f"job_01JZZZZZZZZZZZZZZZZZZZZZZ{letter}" for letter in "ABCD")
+VIT_JOB, HYBRID_JOB, FEW_JOB, STOPPED_JOB, OWN_JOB = (f"job_01JZZZZZZZZZZZZZZZZZZZZZZ{letter}" for letter in "ABCDE")
+*OWN_IMAGES, MISSING_IMAGE = (f"img_01JZZZZZZZZZZZZZZZZZZZZZZ{letter}" for letter in "CAB")
+RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def inspection(store: DirStore, source: Any, **parts: Any) -> Any:
@@ -44,7 +49,8 @@ def inspection(store: DirStore, source: Any, **parts: Any) -> Any:
     data = tiny_spec().data
     assert isinstance(data, DataConfig)
     known = SourceCheckpoint(source.checkpoint_id, source.prefix, manifest.model, manifest.preprocess, data)
-    return resolve(parse_spec(raw | parts), card_of(tiny_spec()), known)
+    spec = parse_spec(raw | parts)
+    return resolve(spec, card_of(spec if "data" in parts else tiny_spec()), known)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,12 @@ def inspected(tmp_path_factory: pytest.TempPathFactory) -> tuple[DirStore, dict[
         FEW_JOB: (VIT_SOURCE, {"pictures": ["position_similarity"]}, {}),
         STOPPED_JOB: (VIT_SOURCE, {"batch_size": 1}, {0: (2, Desired.STOP)}),
     }
+    for image_id, colour in zip(OWN_IMAGES, (RED, BLUE), strict=True):
+        content = io.BytesIO()
+        Image.new("RGB", (20, 12), colour).save(content, "PNG")
+        store.put(image_key(image_id), content.getvalue())
+    own = {"source": {"type": "images", "ids": OWN_IMAGES}}
+    jobs[OWN_JOB] = (VIT_SOURCE, {"data": own, "pictures": ["attention_rollout"]}, {})
     runs = [
         Run(make_attempt(inspection(store, source, **parts), 1, 1, job_id, init_from=source), orders)
         for job_id, (source, parts, orders) in jobs.items()
@@ -117,7 +129,7 @@ def test_the_index_says_what_was_looked_at(inspected: Any) -> None:
     index = index_of(store, VIT_JOB)
     assert (index.job_id, index.checkpoint_id, index.step) == (VIT_JOB, VIT_SOURCE.checkpoint_id, 1)
     assert (index.dataset, index.split) == ("synthetic", "test")
-    assert list(index.sample_ids) == choose_images(21, 10, 3).tolist()
+    assert list(index.sample_ids) == choose_images(tiny_spec().data, 21, 10, 3).tolist()
     weights_only = index_of(store, FEW_JOB)
     assert (weights_only.dataset, weights_only.split, weights_only.sample_ids) == (None, None, ())
 
@@ -154,3 +166,22 @@ def test_an_inspection_that_is_stopped_leaves_no_index(inspected: Any) -> None:
     assert results[STOPPED_JOB].outcome.reason is ExitReason.USER_CANCELLED
     assert results[STOPPED_JOB].outcome.step == 2
     assert not list(store.list(pictures_prefix(STOPPED_JOB)))
+
+
+def test_uploaded_images_are_shown_in_their_order_with_what_the_model_takes_them_for(inspected: Any) -> None:
+    store, results = inspected
+    assert results[OWN_JOB].outcome.reason is ExitReason.COMPLETED, results[OWN_JOB].outcome
+    index = index_of(store, OWN_JOB)
+    assert (index.dataset, index.sample_ids) == ("images", (0, 1))
+    assert [picture.name for picture in index.pictures] == ["attention_rollout"]
+    found = numbers(store, OWN_JOB, "attention_rollout")
+    assert found["labels"].tolist() == [UNKNOWN_LABEL] * 2
+    assert found["images"].shape == (2, 3, 8, 8)
+    assert found["images"][:, :, 4, 4].tolist() == [list(RED), list(BLUE)]
+
+
+def test_an_image_that_was_deleted_is_named(inspected: Any) -> None:
+    store, _ = inspected
+    source = UploadedImages([MISSING_IMAGE], store.get, 3)
+    with pytest.raises(DataError, match=f"image {MISSING_IMAGE} is no longer in the object store"):
+        source.read(0)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.data import DataConfig, FolderSource, Holdout, Subset, SyntheticSource, TorchvisionSource
+from configs.data import DataConfig, FolderSource, Holdout, ImagesSource, Subset, SyntheticSource, TorchvisionSource
 from configs.datasets import num_held_out, num_in_subset
 from configs.wire import DatasetCard
 from workers.data.errors import DataError
 from workers.data.folder import open_folder
+from workers.data.images import UploadedImages
 from workers.data.order import Indices
 from workers.data.random_bits import Bits, Stream, random_bits
 from workers.data.source import ImageSource, Selection
@@ -32,7 +33,7 @@ def open_data(
     data: DataConfig,
     card: DatasetCard,
     data_root: Path | None,
-    read_index: Callable[[str], bytes],
+    read_object: Callable[[str], bytes],
     *,
     in_channels: int,
     eval_only: bool = False,
@@ -41,7 +42,7 @@ def open_data(
 
     With a holdout, evaluation is on the held-out part of the training split. The subset is taken of what remains, or,
     with a holdout of the subset, before it.
-    `read_index(key)` fetches a registered folder's index from the object store.
+    `read_object(key)` fetches from the object store: a registered folder's index, uploaded images.
 
     Raises:
         DataError: the data is missing or is not what the card says; the message names it, says where it was looked
@@ -52,8 +53,9 @@ def open_data(
         if split not in [info.name for info in card.splits]:
             known = ", ".join(info.name for info in card.splits)
             raise DataError(f"data set {card.name} has no split {split!r}: expected one of {known}")
-        source = _open_split(data, card, split, data_root, read_index, in_channels)
-        check_against_card(source, card, split)
+        source = _open_split(data, card, split, data_root, read_object, in_channels)
+        if not isinstance(data.source, ImagesSource):  # which have no labels
+            check_against_card(source, card, split)
         return source
 
     if data.holdout is None:
@@ -76,7 +78,7 @@ def _open_split(
     card: DatasetCard,
     split: str,
     data_root: Path | None,
-    read_index: Callable[[str], bytes],
+    read_object: Callable[[str], bytes],
     channels: int,
 ) -> ImageSource:
     source = data.source
@@ -84,8 +86,10 @@ def _open_split(
         return SyntheticImages(source, split, channels)
     if isinstance(source, TorchvisionSource):
         return open_torchvision(source, split, data_root, channels)
+    if isinstance(source, ImagesSource):
+        return UploadedImages(source.ids, read_object, channels)
     assert isinstance(source, FolderSource)
-    return open_folder(card, split, data_root, read_index, channels)
+    return open_folder(card, split, data_root, read_object, channels)
 
 
 def check_against_card(source: ImageSource, card: DatasetCard, split: str) -> None:

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from workers.data.order import Indices
 
+UNKNOWN_LABEL = -1
+"""Of an image of which nobody said what it shows."""
+
 
 class ImageSource(Protocol):
     """Numbered images with labels. `read` is called from several threads."""
 
     @property
     def labels(self) -> Indices:
-        """The label of every image, int64 (n,)."""
+        """The label of every image, int64 (n,); UNKNOWN_LABEL where it has none."""
         ...
 
     @property

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
+from workers.data.source import UNKNOWN_LABEL
 from workers.drawing.canvas import BLUE, INK, ORANGE, QUIET, Drawing, Floats, bare, below_title, new_figure
 
 OUTLINE = 96.0
@@ -152,5 +153,7 @@ def _name(label: int, predicted: int, class_names: Sequence[str] | None) -> str:
     """What the image is, and what the model takes it for if that is something else."""
     if class_names is None:
         return ""
+    if label == UNKNOWN_LABEL:
+        return f"seen as\n{class_names[predicted]}"
     name, taken = class_names[label], class_names[predicted]
     return name if label == predicted else f"{name},\nseen as {taken}"

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from configs.data import FolderSource, Source
+from configs.data import AnySource, FolderSource
 from configs.datasets import card_for
 from configs.errors import SpecError
 from configs.folder_index import FolderError, card, scan
@@ -176,7 +176,7 @@ def _probed_folders(spec: TrainingJob, store: FolderStore, data_root: Path | Non
     return {source.name: _dataset(source, store, data_root) for source in folders}
 
 
-def _dataset(source: Source, store: FolderStore, data_root: Path | None) -> DatasetCard:
+def _dataset(source: AnySource, store: FolderStore, data_root: Path | None) -> DatasetCard:
     if not isinstance(source, FolderSource):
         return card_for(source, {})
     if data_root is None:

@@ -31,7 +31,7 @@ from configs.reasons import ExitReason
 from configs.resolve import load_resolved
 from configs.search import Asha, MedianStopping, Pbt
 from configs.search_trials import workers_per_trial
-from configs.search_wire import TrialCreate, TrialEnded, TrialRecord
+from configs.search_wire import SearchLimits, TrialCreate, TrialEnded, TrialRecord
 from configs.spec import SearchJob
 from configs.states import Desired
 from configs.wire import AttemptFile, ClaimRequest, ExitFile, Heartbeat, MetricPoint
@@ -117,7 +117,7 @@ class SearchDriver:
         self._closers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="closer")
         self._not_before: dict[int, float] = {}
         """Trials that are tried again after a while."""
-        self._slots: int | None = None
+        self._limits = SearchLimits(num_trials=0)
         self._ran_before_s = 0.0
         self._started_at = time.monotonic()
         self._hub: Any = place.start_hub()
@@ -173,7 +173,8 @@ class SearchDriver:
                     return ExitReason.PLATFORM_ERROR, f"The control plane did not give the search's trials: {error}"
                 time.sleep(PAUSE_S)
                 continue
-            self._ran_before_s, self._slots = state.ran_s, state.slots
+            self._ran_before_s = state.ran_s
+            self._limits = SearchLimits(num_trials=state.num_trials, slots=state.slots, places=state.places)
             self._book = Book(self._search, state)
             return None
 
@@ -252,13 +253,13 @@ class SearchDriver:
         except ControlPlaneError as error:
             log.debug("The search's limits could not be read.", error=str(error))
             return
-        self.book.num_trials, self._slots = limits.num_trials, limits.slots
+        self._limits, self.book.num_trials = limits, limits.num_trials
 
     # -- the listener's part -------------------------------------------------------------------------------------------
     def next_trial(self) -> TuneTrial | None:
         now = time.monotonic()
         num_held = len(self._live)
-        limit = self._num_places if self._slots is None else min(self._num_places, self._slots)
+        limit = self._limits.side_by_side(self._num_places)
         if num_held >= limit or self._stop_reason is not None or self._order() is not Desired.RUN:
             return None
         if now < self._next_ask or self._forwarder.is_fenced:

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, section, url
-from orchestrator.dashboard.pages import job_lineage
+from orchestrator.dashboard.pages import job_lineage, job_pictures
 from orchestrator.schemas import CheckpointEdit, CheckpointPage, CheckpointPublic, JobPublic
 from orchestrator.services.auth import Actor
 from orchestrator.services.checkpoints import EXPORT_FORMATS, edit_checkpoint, list_checkpoints
@@ -24,7 +24,11 @@ _COLUMNS = (
     {"key": "also", "label": "Also"},
     {"key": "made", "label": "Made", "end": True},
 )
-_ACTIONS = ({"key": "pin", "label": "Keep", "end": True}, {"key": "export", "label": "Export", "end": True})
+_ACTIONS = (
+    {"key": "pin", "label": "Keep", "end": True},
+    {"key": "inspect", "label": "Look into", "end": True},
+    {"key": "export", "label": "Export", "end": True},
+)
 _FORMAT_WORDS = {
     "safetensors": "safetensors: this project's own",
     "timm": "timm",
@@ -86,16 +90,54 @@ def _buttons(checkpoint: CheckpointPublic) -> dict[str, Any]:
     step = f"the checkpoint of step {checkpoint.step:,}"
     action, label = ("unpin", f"Unpin {step}") if checkpoint.pinned else ("pin", f"Pin {step}")
     pin = {"action": action, "button": action.capitalize(), "label": label}
-    return {"pin": pin, "export": {"action": "export", "button": "Export", "label": f"Export {step}"}}
+    return {
+        "pin": pin,
+        "inspect": {"action": "inspect", "button": "Look into", "label": f"Look into {step}"},
+        "export": {"action": "export", "button": "Export", "label": f"Export {step}"},
+    }
 
 
 async def _act(frame: Frame, job: JobPublic, checkpoint_id: str, action: str) -> None:
     if action == "export":
         _open_export(frame, job, checkpoint_id)
         return
+    if action == "inspect":
+        _open_inspection(frame, job, checkpoint_id)
+        return
     wanted = CheckpointEdit(pinned=action == "pin")
     done = "It is kept." if wanted.pinned else "From now on the job's retention decides."
     await frame.act(lambda actor: edit_checkpoint(frame.services.db, actor, checkpoint_id, wanted), done)
+
+
+def _open_inspection(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
+    box, body = parts.dialog("Look into this checkpoint")
+    with body:
+        parts.tag("p", checkpoint_id, "mono wrap")
+
+        async def inspect() -> None:
+            spec = {
+                "kind": "inspect",
+                "name": f"{job.name}-pictures"[:128],
+                "init_from": checkpoint_id,
+                "resources": {"gpus_per_worker": job.spec["resources"]["gpus_per_worker"]},
+                "queue": {"project": job.project},
+            }
+
+            def work(actor: Actor) -> Submitted:
+                return submit_job(frame.services.db, actor, Request(spec, {}), None)
+
+            made = await frame.act(work)
+            if made is not None:
+                frame.go(url(f"/jobs/{made.job_id}", tab="pictures"))
+
+        parts.tag("p", "The paper's pictures of it: filters, positions, how far its heads look, what it attends to.")
+        with parts.row():
+            parts.button("Draw the pictures", inspect, "main")
+        parts.tag("p", "Or what it attends to in images of your own:")
+        job_pictures.own_images(frame, job, checkpoint_id)
+        with parts.row():
+            parts.button("Close", box.close)
+    box.open()
 
 
 def _open_export(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
