@@ -7,13 +7,11 @@ from typing import Any
 
 from orchestrator.dashboard import parts, words
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
-from orchestrator.dashboard.frame import Frame, section, url
-from orchestrator.dashboard.pages import job_lineage, job_pictures
+from orchestrator.dashboard.frame import Frame, section
+from orchestrator.dashboard.pages import checkpoint_jobs, job_lineage
 from orchestrator.schemas import CheckpointEdit, CheckpointPage, CheckpointPublic, JobPublic
-from orchestrator.services.auth import Actor
 from orchestrator.services.checkpoints import EXPORT_FORMATS, edit_checkpoint, list_checkpoints
 from orchestrator.services.jobs import get_job
-from orchestrator.services.submission import Request, Submitted, submit_job
 
 _COLUMNS = (
     {"key": "checkpoint", "label": "Checkpoint"},
@@ -114,27 +112,11 @@ def _open_inspection(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
     with body:
         parts.tag("p", checkpoint_id, "mono wrap")
 
-        async def inspect() -> None:
-            spec = {
-                "kind": "inspect",
-                "name": f"{job.name}-pictures"[:128],
-                "init_from": checkpoint_id,
-                "resources": {"gpus_per_worker": job.spec["resources"]["gpus_per_worker"]},
-                "queue": {"project": job.project},
-            }
-
-            def work(actor: Actor) -> Submitted:
-                return submit_job(frame.services.db, actor, Request(spec, {}), None)
-
-            made = await frame.act(work)
-            if made is not None:
-                frame.go(url(f"/jobs/{made.job_id}", tab="pictures"))
-
         parts.tag("p", "The paper's pictures of it: filters, positions, how far its heads look, what it attends to.")
         with parts.row():
-            parts.button("Draw the pictures", inspect, "main")
+            parts.button("Draw the pictures", lambda: checkpoint_jobs.inspect(frame, job, checkpoint_id), "main")
         parts.tag("p", "Or what it attends to in images of your own:")
-        job_pictures.own_images(frame, job, checkpoint_id)
+        checkpoint_jobs.own_images(frame, job, checkpoint_id)
         with parts.row():
             parts.button("Close", box.close)
     box.open()
@@ -147,26 +129,8 @@ def _open_export(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
         options: dict[str, str] = {name: _FORMAT_WORDS[name] for name in EXPORT_FORMATS}
         wanted = parts.choice("Format", options, EXPORT_FORMATS[0], help="A job writes it; its page offers the files.")
 
-        async def export() -> None:
-            spec = {
-                "kind": "export",
-                "name": f"{job.name}-{wanted.value}"[:128],
-                "init_from": checkpoint_id,
-                "format": wanted.value,
-                # It reads and writes files: a GPU would wait idle.
-                "resources": {"gpus_per_worker": 0},
-                "queue": {"project": job.project},
-            }
-
-            def work(actor: Actor) -> Submitted:
-                return submit_job(frame.services.db, actor, Request(spec, {}), None)
-
-            made = await frame.act(work)
-            if made is not None:
-                frame.go(url(f"/jobs/{made.job_id}"))
-
         with parts.row():
-            parts.button("Export it", export, "main")
+            parts.button("Export it", lambda: checkpoint_jobs.export(frame, job, checkpoint_id, wanted.value), "main")
             parts.button("Close", box.close)
     box.open()
 

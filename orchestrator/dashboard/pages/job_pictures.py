@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from configs.pictures import READ_IMAGES
 from orchestrator.dashboard import parts
-from orchestrator.dashboard.drop import Drop
 from orchestrator.dashboard.feeds import EVERY_S, SELDOM_S, Look
 from orchestrator.dashboard.frame import Frame, section, url
+from orchestrator.dashboard.pages import checkpoint_jobs
 from orchestrator.schemas import JobPublic, PicturePage
-from orchestrator.services.auth import Actor
 from orchestrator.services.lineage import job_of
 from orchestrator.services.pictures import list_pictures
-from orchestrator.services.submission import Request, Submitted, submit_job
 
 
 def draw(frame: Frame, job: JobPublic) -> Callable[[JobPublic], None]:
@@ -22,7 +19,7 @@ def draw(frame: Frame, job: JobPublic) -> Callable[[JobPublic], None]:
         checkpoint_id = job.init_from
         with parts.card("Attention over your own images"):
             parts.tag("p", "Drop images, and see how this checkpoint looks at them.", "soft")
-            own_images(frame, job, checkpoint_id)
+            checkpoint_jobs.own_images(frame, job, checkpoint_id)
     show = section(lambda view: _draw(job, view))
 
     def read() -> Look[PicturePage]:
@@ -31,30 +28,6 @@ def draw(frame: Frame, job: JobPublic) -> Callable[[JobPublic], None]:
 
     frame.follow(("pictures", job.id), read, show)
     return lambda _: None
-
-
-def own_images(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
-    """Where images are dropped; the job that looks at them opens by itself."""
-
-    async def look(ids: list[str]) -> None:
-        spec = {
-            "kind": "inspect",
-            "name": f"{job.name}-images"[:128],
-            "init_from": checkpoint_id,
-            "pictures": sorted(READ_IMAGES),
-            "data": {"source": {"type": "images", "ids": ids}},
-            "resources": {"gpus_per_worker": job.spec["resources"]["gpus_per_worker"]},
-            "queue": {"project": job.project},
-        }
-
-        def work(actor: Actor) -> Submitted:
-            return submit_job(frame.services.db, actor, Request(spec, {}), None)
-
-        made = await frame.act(work)
-        if made is not None:
-            frame.go(url(f"/jobs/{made.job_id}", tab="pictures"))
-
-    Drop("or drop them here: at most 64, of 16 MiB each. They are kept for a week.", look)
 
 
 def _draw(job: JobPublic, view: PicturePage) -> None:
