@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from configs.states import Desired
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
-from orchestrator.control.queue_view import schedule_queue, store_cluster
+from orchestrator.control.queue_view import load_reservations, load_view, schedule_queue, store_cluster
+from orchestrator.services.jobs import JobFilter, list_jobs
 from orchestrator.services.places import _BEFORE, NOT_LOOKED_AT, find_places
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import JobRow
@@ -37,6 +41,33 @@ def test_who_is_before_a_new_job_is_counted_without_reading_rows(db: Database) -
     with db.engine.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", (50, 50, "2026-01-01")).all()
     assert any("COVERING INDEX ix_jobs_waiting (priority=? AND created_at<?)" in step[3] for step in plan), plan
+
+
+def plans_of(db: Database, work: Callable[[Session], object]) -> list[str]:
+    """How SQLite does what `work` asks of the jobs' table."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_: object, __: object, statement: str, parameters: Any, *___: object) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(db.engine, "before_cursor_execute", note)
+    with db.reader() as session:
+        work(session)
+    event.remove(db.engine, "before_cursor_execute", note)
+    with db.engine.connect() as connection:
+        steps = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values).all() for sql, values in asked]
+    return [step[3] for plan in steps for step in plan if "jobs" in step[3] or "ORDER BY" in step[3]]
+
+
+def test_what_is_done_all_the_time_does_not_read_all_jobs_that_ever_were(db: Database) -> None:
+    """Without statistics SQLite takes an index of trials to be the way to the jobs that are none: all but a few."""
+    newest = plans_of(db, lambda _: list_jobs(db, JobFilter(), 50, None))
+    assert newest[0] == "SCAN jobs USING INDEX ix_jobs_created"
+    held = plans_of(db, load_reservations)
+    assert held
+    assert all("ix_jobs_state_priority" in step for step in held), held
+    seen = plans_of(db, lambda session: load_view(session, datetime.now(UTC)))
+    assert all("ix_jobs_" in step and "search_id" not in step for step in seen), seen
 
 
 @pytest.mark.db
