@@ -18,6 +18,7 @@ from orchestrator.storage.db import Database
 from orchestrator.storage.store import NotFound, ObjectStore, StoreError
 from orchestrator.storage.tables import ClusterRow, JobRow, SinkRow
 
+_LIVE = tuple(state for state in JobState if not state.is_terminal)
 _FRESH_S = 2.0
 _STALE_FACTOR = 2.0
 """A part not seen for so many leases counts as gone."""
@@ -81,9 +82,9 @@ def get_cluster(db: Database) -> ClusterPublic:
     with db.reader() as session:
         row = session.get(ClusterRow, 1)
         counted = session.execute(
-            select(JobRow.state, func.count()).where(JobRow.ended_at.is_(None)).group_by(JobRow.state)
+            select(JobRow.state, func.count()).where(JobRow.state.in_(_LIVE)).group_by(JobRow.state)
         )
-        jobs = {state: count for state, count in counted if not JobState(state).is_terminal}
+        jobs = dict(counted.all())
         sinks = tuple(
             SinkPublic(name=sink.name, ok=sink.ok, message=sink.message, since=sink.since, seen_at=sink.seen_at)
             for sink in session.scalars(select(SinkRow).order_by(SinkRow.name))

@@ -71,6 +71,8 @@ _WAITING = text("state = 'QUEUED' AND start_workers IS NULL AND desired = 'run' 
 
 # The order of the queue, and what is asked of each: so that nobody who counts them need read the rows.
 _WAITING_COLUMNS = ("priority", "created_at", "state", "start_workers", "desired", "search_id")
+# Lists are in the order of creation, and filtered by these: what is filtered out is never read whole.
+_LISTED_COLUMNS = ("created_at", "id", "state", "kind", "project", "search_id", "name", "priority")
 
 
 def _index_of_given(column: str) -> Index:
@@ -86,7 +88,7 @@ class JobRow(Base):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     name: Mapped[str] = mapped_column(String(128))
-    project: Mapped[str] = mapped_column(String(64), index=True)
+    project: Mapped[str] = mapped_column(String(64))
     labels: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     submitted: Mapped[dict[str, Any]] = mapped_column(JSON)
     """What the user sent."""
@@ -141,8 +143,8 @@ class JobRow(Base):
     next_look_at: Mapped[datetime | None] = mapped_column(nullable=True)
 
     __table_args__ = (
-        Index("ix_jobs_state_priority", "state", "priority", "created_at"),
-        Index("ix_jobs_created", "created_at", "id"),
+        Index("ix_jobs_state_priority", "state", "priority", "created_at", "search_id"),
+        Index("ix_jobs_created", *_LISTED_COLUMNS),
         Index("ix_jobs_waiting", *_WAITING_COLUMNS, sqlite_where=_WAITING, postgresql_where=_WAITING),
         *(_index_of_given(column) for column in ("search_id", "init_from", "resume_from", "retry_of")),
     )
