@@ -36,7 +36,7 @@ def upload_image(db: Database, store: ObjectStore, settings: Settings, actor: Ac
         allowed = ", ".join(MEDIA_TYPES)
         shown = f"{content[:8]!r}…" if content else "nothing"
         raise Invalid(
-            "The body is not an image.",
+            "This is not an image.",
             hint="Send the file as it is, as the whole body.",
             errors=[field_error("", f"begins with {shown}: not the beginning of an image", None, allowed)],
         )

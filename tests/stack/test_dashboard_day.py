@@ -138,7 +138,7 @@ def test_a_day_at_the_dashboard(
         ]
         files = page.get_by_role("dialog").get_by_label("Choose images")
         files.set_input_files(dropped[1])
-        expect(page.get_by_text("a note.png: The body is not an image.")).to_be_visible()
+        expect(page.get_by_text("a note.png: This is not an image.")).to_be_visible()
         files.set_input_files(dropped)
         page.get_by_role("heading", name="my day-images").wait_for()
         rollout = page.get_by_role("img", name="Attention rollout over 1 image.")
