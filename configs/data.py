@@ -38,8 +38,8 @@ class SyntheticSource(Strict):
 
 
 ImageId = Annotated[str, StringConstraints(pattern=IMAGE_ID_PATTERN)]
-MAX_UPLOADED_IMAGES = 64
-"""In one job."""
+MAX_UPLOADED_IMAGES = 16
+"""In one job: they are drawn beside one another."""
 
 
 class ImagesSource(Strict):

@@ -10,7 +10,6 @@ _ULID = r"[0-9A-HJKMNP-TV-Z]{26}"
 JOB_ID = re.compile(rf"^job_{_ULID}$")
 ATTEMPT_ID = re.compile(rf"^att_({_ULID})_([0-9]{{4}})$")
 IMAGE_ID_PATTERN = rf"^img_{_ULID}$"
-IMAGE_ID = re.compile(IMAGE_ID_PATTERN)
 UPLOAD_ID = re.compile(rf"^upl_{_ULID}$")
 CHECKPOINT_ID = re.compile(rf"^ckpt_({_ULID})_s([0-9]{{9}})_a([0-9]{{4}})$")
 

@@ -154,7 +154,7 @@ Scheduler = Annotated[NoScheduler | Asha | MedianStopping | Pbt, Field(discrimin
 
 
 class Concurrency(Strict):
-    """How many trials may run side by side: as many as the cluster has room for when the search starts."""
+    """How many trials may run side by side: as many as the cluster has room for."""
 
     min: Annotated[int, Field(ge=1, le=1000)] = 1
     max: Annotated[int, Field(ge=1, le=1000)]

@@ -165,7 +165,10 @@ class _Download:
             wait(futures, return_when=FIRST_EXCEPTION)
             done = [future for future in futures if future.done()]
             # The first error is the cause; the others follow from stopping.
-            return sum(future.result() for future in (done if len(done) < len(futures) else futures))
+            num_bytes_read = sum(future.result() for future in (done if len(done) < len(futures) else futures))
+            if self._syncing is not None:
+                self._syncing.result()
+            return num_bytes_read
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
@@ -190,6 +193,9 @@ class _Download:
             self._num_unsynced += num_bytes
             if self._num_unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
                 self._num_unsynced = 0
+                if self._syncing is not None:
+                    # Of an error that was seen once, the disk does not speak again at the next sync.
+                    self._syncing.result()
                 self._syncing = self._syncer.submit(self._file.sync)
 
     def _read_verified(self, block: _Block) -> memoryview:

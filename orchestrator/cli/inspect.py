@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from configs.data import MAX_UPLOADED_IMAGES
 from configs.load import apply_overrides
 from configs.pictures import PICTURES, READ_IMAGES
 from orchestrator.cli import output
@@ -134,6 +135,8 @@ def _description(
         "resources": {"gpus_per_worker": 1 if has_gpus else 0},
     }
     if own:
+        if len(own) > MAX_UPLOADED_IMAGES:
+            raise PatchworkError(f"{len(own)} images: at most {MAX_UPLOADED_IMAGES} in one job")
         ids = [client.images.upload(path).id for path in own]
         spec["data"] = {"source": {"type": "images", "ids": ids}}
         pictures = pictures or [name for name in PICTURES if name in READ_IMAGES]

@@ -228,8 +228,6 @@ def _insert(
         created_at=now,
     )
     session.add(attempt)
-    if job.kind == "search":
-        session.get_one(SearchRow, job.id).places = None
     job.num_attempts = file.number
     job.step = step
     job.start_workers = None
@@ -267,7 +265,11 @@ def end_attempt(session: Session, job: JobRow, attempt: AttemptRow, end: End, no
     attempt.exit = _conclusion(attempt, end, ended_at).model_dump(mode="json")
     attempt.ended_at = ended_at
     job.step = max(job.step, attempt.to_step)
-    job.gpu_seconds += (ended_at - attempt.created_at).total_seconds() * attempt.world_size
+    if job.kind == "search":
+        # The next attempt begins with what it is given, until then no more is held than this one began with.
+        session.get_one(SearchRow, job.id).places = None
+    else:  # How many workers a search has changes while it runs: what its trials use counts (`release_trials`).
+        job.gpu_seconds += (ended_at - attempt.created_at).total_seconds() * attempt.world_size
     if attempt.number > 1:
         job.overhead_s += ((attempt.first_step_at or ended_at) - attempt.created_at).total_seconds()
     message = f"Attempt {attempt.number} ended: {end.reason}" + (f": {end.message}" if end.message else "")

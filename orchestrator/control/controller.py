@@ -143,11 +143,14 @@ class Controller:
     def _sweep(self) -> None:
         while not self._stop.is_set():
             if self.leads:
-                self._survive("sweeper", self._sweep_once)
+                self._survive("sweeper", self._sweep_uploads)
+                self._survive("sweeper", self._sweep_images)
             self._stop.wait(SWEEP_EVERY_S if self.leads else SCHEDULE_EVERY_S)
 
-    def _sweep_once(self) -> None:
+    def _sweep_uploads(self) -> None:
         sweep_uploads(self._db, self._store, utc_now(), self._settings.upload_expires_s)
+
+    def _sweep_images(self) -> None:
         sweep_images(self._db, self._store, utc_now())
 
     def _write_on(self, sink: Sink) -> None:

@@ -6,6 +6,7 @@ The API reads the same view, so what it tells a waiting user is what the schedul
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
@@ -108,13 +109,21 @@ def _held_by_searches(session: Session) -> dict[str, int]:
     found = session.execute(changed.where(JobRow.state.in_(_HOLDING), SearchRow.places.is_not(None))).all()
     if not found:
         return {}
-    under_way = select(JobRow.search_id, func.count()).where(
-        JobRow.search_id.in_([row.job_id for row in found]), JobRow.state.in_(_HOLDING)
-    )
-    trials = dict(session.execute(under_way.group_by(JobRow.search_id)).all())
+    trials = num_trials_under_way(session, [row.job_id for row in found])
     return {
         row.job_id: max(row.places or 0, trials.get(row.job_id, 0)) * needs(row.spec_json).per_trial for row in found
     }
+
+
+def num_trials_under_way(session: Session, search_ids: Collection[str]) -> dict[str, int]:
+    """Of each search how many trials have an attempt that has not ended."""
+    live = (
+        select(JobRow.search_id, func.count())
+        .join(AttemptRow, AttemptRow.job_id == JobRow.id)
+        .where(JobRow.search_id.in_(search_ids), AttemptRow.state != AttemptState.ENDED)
+        .group_by(JobRow.search_id)
+    )
+    return {search_id: count for search_id, count in session.execute(live) if search_id is not None}
 
 
 def last_attempt(session: Session, job: JobRow) -> AttemptRow | None:
@@ -185,6 +194,7 @@ def _running_searches(session: Session) -> list[RunningSearch]:
         found.append(
             RunningSearch(
                 job_id=job.id,
+                attempt=attempt.number,
                 worker=wanted.worker,
                 per_trial=wanted.per_trial,
                 began_with=began_with,
@@ -197,7 +207,11 @@ def _running_searches(session: Session) -> list[RunningSearch]:
 
 def _grant(db: Database, search: RunningSearch, places: int, now: datetime) -> None:
     with db.session() as session:
-        session.get_one(SearchRow, search.job_id, with_for_update=True).places = places
+        job = lock_job(session, search.job_id)
+        # Ended, stopped or begun anew since the view was read: the next step sees it as it is.
+        if job is None or job.state != JobState.RUNNING or job.num_attempts != search.attempt:
+            return
+        session.get_one(SearchRow, search.job_id).places = places
         message = f"{places} trials may run side by side now, {search.places} before"
         record(session, search.job_id, "search.places", message, SCHEDULER, data={"places": places}, at=now)
 

@@ -61,6 +61,7 @@ class RunningSearch:
     or a user allows."""
 
     job_id: str
+    attempt: int
     worker: Worker
     per_trial: int
     began_with: int
@@ -121,24 +122,24 @@ def schedule(view: ClusterView) -> list[Decision]:
 
 
 def share_places(view: ClusterView, decisions: Sequence[Decision], searches: Iterable[RunningSearch]) -> dict[str, int]:
-    """How many trials each search may run side by side now. What is free is shared among searches as long as nobody
-    waits for workers; then each falls back to what it began with, as its trials end."""
+    """How many trials each search may run side by side now. What is free goes to searches, the oldest first, as long as
+    nobody waits for workers; then each falls back to what it began with, as its trials end."""
     if view.nodes is None:
         return {}
     free = _Free.of(view.nodes)
-    for reservation in view.reserved:
-        free.take_reserved(reservation)
+    num_missing = sum(free.take_reserved(reservation) for reservation in view.reserved)
     workers = {job.job_id: job.worker for job in view.waiting}
     for decision in decisions:
         if isinstance(decision, Start):
             free.take(workers[decision.job_id], decision.world_size)
-    is_wanted = any(isinstance(d, Wait) and d.reason is QueueReason.WAITING_FOR_WORKERS for d in decisions)
+    # By a job in the queue, or by one that is to recover and has lost its place.
+    is_wanted = num_missing > 0 or any(
+        isinstance(d, Wait) and d.reason is QueueReason.WAITING_FOR_WORKERS for d in decisions
+    )
     shares = {}
     for search in sorted(searches, key=lambda search: search.job_id):
-        if is_wanted:
-            shares[search.job_id] = min(search.most, search.began_with, search.places)
-            continue
-        share = min(search.most, search.places + free.num_slots(search.worker) // search.per_trial)
+        most = min(search.most, search.began_with) if is_wanted else search.most
+        share = min(most, search.places + free.num_slots(search.worker) // search.per_trial)
         free.take(search.worker, max(0, share - search.places) * search.per_trial)
         shares[search.job_id] = share
     return shares
@@ -235,8 +236,9 @@ class _Free:
             count -= taken
         return count
 
-    def take_reserved(self, reservation: Reservation) -> None:
-        """Take what a job holds, where it is known to hold it. What fits nowhere any more (a lost node) is dropped."""
+    def take_reserved(self, reservation: Reservation) -> int:
+        """Take what a job holds, where it is known to hold it. What fits nowhere any more (a lost node) is dropped;
+        returns how many workers that are."""
         unknown = reservation.world_size
         for name in reservation.nodes[: reservation.world_size]:
             places = [i for i, node in enumerate(self.nodes) if name in (node.id, node.host)]
@@ -244,7 +246,7 @@ class _Free:
             if len(places) == 1:
                 self._take_on(places[0], reservation.worker, 1)
                 unknown -= 1
-        self.take(reservation.worker, unknown)
+        return self.take(reservation.worker, unknown)
 
     def _slots_on(self, i: int, worker: Worker) -> int:
         if not _matches(self.nodes[i], worker):

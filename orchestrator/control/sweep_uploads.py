@@ -48,11 +48,11 @@ def sweep_images(db: Database, store: ObjectStore, now: datetime) -> list[str]:
         StoreError: the store failed; the next call tries again.
     """
     with db.reader() as session:
-        expired = list(session.scalars(select(ImageRow.id).where(ImageRow.expires_at <= now)))
+        expired = list(session.scalars(select(ImageRow.id).where(ImageRow.expires_at <= now).limit(1000)))
     if expired:
         store.delete([image_key(image_id) for image_id in expired])
         with db.session() as session:
-            session.execute(delete(ImageRow).where(ImageRow.expires_at <= now))
+            session.execute(delete(ImageRow).where(ImageRow.id.in_(expired)))
         log.info("Images swept.", count=len(expired))
     return expired
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from configs.reasons import ExitReason
@@ -20,7 +20,8 @@ from orchestrator.storage.tables import JobRow, SearchRow, TrialRow
 
 def release_trials(session: Session, search: JobRow, now: datetime) -> int:
     """Close the attempts of trials that the search's attempt took with it, in this transaction: they go on with the
-    search, or, where that has ended, end too. Returns how many trials were touched."""
+    search, or, where that has ended, end too. What they have used is what the search has. Returns how many trials were
+    touched."""
     is_over, touched = JobState(search.state).is_terminal, 0
     live = [state for state in JobState if not state.is_terminal]
     mine = select(JobRow.id).where(JobRow.search_id == search.id, JobRow.state.in_(live)).order_by(JobRow.id)
@@ -40,6 +41,9 @@ def release_trials(session: Session, search: JobRow, now: datetime) -> int:
         else:
             continue
         touched += 1
+    session.flush()
+    used = select(func.sum(JobRow.gpu_seconds)).where(JobRow.search_id == search.id)
+    search.gpu_seconds = session.scalar(used) or 0.0
     return touched
 
 

@@ -13,6 +13,7 @@ from orchestrator.services import checkpoints, metric_files, pictures
 from orchestrator.services.logs import LEVELS, LogFilter, read_text
 from orchestrator.services.patterns import check_pattern
 from orchestrator.services.problems import ApiError
+from orchestrator.storage.store import StoreError
 
 
 def register(app: FastAPI, services: Services) -> None:
@@ -60,6 +61,10 @@ def register(app: FastAPI, services: Services) -> None:
     @app.exception_handler(ApiError)
     async def refused(_: object, error: ApiError) -> Response:
         return PlainTextResponse(error.detail, error.status)
+
+    @app.exception_handler(StoreError)
+    async def away(_: object, __: StoreError) -> Response:
+        return PlainTextResponse("The object store cannot be reached at the moment. Try again.", 503)
 
 
 def _file(pieces: Iterator[str] | Iterator[bytes], media_type: str, name: str) -> Response:

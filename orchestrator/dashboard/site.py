@@ -29,7 +29,7 @@ def build(services: mount.Services, access: Access) -> FastAPI:
     for page in (overview, jobs, job, submit, compare, tokens):
         page.register(site)
     downloads.register(app, services)
-    drop.register(app, services, access)
+    drop.register(app, services)
     shell = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     ui.run_with(
         shell,

@@ -91,7 +91,8 @@ def _attempts(session: Session) -> Iterable[Metric]:
 
 def _usage(session: Session) -> Iterable[Metric]:
     sums = select(func.sum(JobRow.gpu_seconds), func.sum(JobRow.wasted_gpu_s), func.sum(JobRow.wasted_steps))
-    used, wasted, steps = session.execute(sums).one()
+    # What a search used is what its trials used.
+    used, wasted, steps = session.execute(sums.where(JobRow.kind != "search")).one()
     yield CounterMetricFamily("patchwork_device_seconds", "Wall seconds x devices of ended attempts.", float(used or 0))
     yield CounterMetricFamily("patchwork_wasted_device_seconds", "Those of steps done again.", float(wasted or 0))
     yield CounterMetricFamily(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from configs.data import ImagesSource
@@ -58,16 +58,21 @@ def upload_image(db: Database, store: ObjectStore, settings: Settings, actor: Ac
     try:
         store.put(image_key(row.id), content)
     except StoreError:
+        # It may have arrived all the same: the sweep deletes both.
         with db.session() as session:
-            session.execute(delete(ImageRow).where(ImageRow.id == row.id))
+            session.get_one(ImageRow, row.id).expires_at = now
         raise
     return ImagePublic.model_validate(row, from_attributes=True)
 
 
-def missing_images(session: Session, source: ImagesSource) -> Iterator[FieldError]:
-    """A fault for every image that is not there (any more)."""
-    found = select(ImageRow.id).where(ImageRow.id.in_(source.ids), ImageRow.expires_at > datetime.now(UTC))
-    known = set(session.scalars(found))
+def missing_images(session: Session, source: ImagesSource, *, hold: bool) -> Iterator[FieldError]:
+    """A fault for every image that is not there (any more). With `hold` those that are there are kept from now on as
+    long as they were when they were uploaded: a job is about to need them."""
+    now = datetime.now(UTC)
+    found = session.scalars(select(ImageRow).where(ImageRow.id.in_(source.ids), ImageRow.expires_at > now)).all()
+    known = {row.id for row in found}
+    for row in found if hold else ():
+        row.expires_at, row.created_at = now + (row.expires_at - row.created_at), now
     for index, image_id in enumerate(source.ids):
         if image_id not in known:
             message = f"there is no image {image_id}: upload it (POST /v1/images); images are kept for a while only"

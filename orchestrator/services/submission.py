@@ -315,7 +315,7 @@ def _look_up(
         known = {**PLANNING_CARDS, **known}
     card = None if data is None else _collect(faults, lambda: card_for(data.source, known))
     if data is not None and isinstance(data.source, ImagesSource):
-        faults.extend(missing_images(session, data.source))
+        faults.extend(missing_images(session, data.source, hold=hold))
     filled = _collect(faults, lambda: fill_probes(spec, known))
     _collect(faults, lambda: _check_dependencies(session, spec))
     if faults or filled is None:

@@ -29,7 +29,7 @@ from orchestrator.control.decide import Observation, conclude
 from orchestrator.control.leases import Claim, claim_job, guarded, release
 from orchestrator.control.measured import recover_measured
 from orchestrator.control.observe import load_facts, made_progress
-from orchestrator.control.queue_view import last_attempt
+from orchestrator.control.queue_view import last_attempt, num_trials_under_way
 from orchestrator.control.transitions import enqueue, transition
 from orchestrator.services.metrics import Point, in_lineage, last_valid_steps_of, latest_attempts
 from orchestrator.services.problems import Conflict, Fenced, NotFound, Unavailable
@@ -255,6 +255,8 @@ def begin_trial(db: Database, store: ObjectStore, attempt_id: str, number: int) 
             )
         _mark_ended(session, search, row, job)
         is_over, job_id = JobState(job.state).is_terminal, job.id
+        if not is_over:
+            _check_room(session, search, attempt, workers_per_trial(spec))
         cluster_id, created_at = attempt.cluster_id, datetime.now(UTC)
         last_id = None if last is None else last.id
     if not is_over:
@@ -273,6 +275,19 @@ def begin_trial(db: Database, store: ObjectStore, attempt_id: str, number: int) 
             last.submitted_at = created_at
         file = read_attempt_file(store, last.id) if last is not None and is_live else None
         return TrialBegun(trial=trial_record(session, row, job, spec.metric), attempt=file)
+
+
+def _check_room(session: Session, search: JobRow, attempt: AttemptRow, per_trial: int) -> None:
+    """The scheduler counts on it that no more trials begin than it allows now; a driver hears of that a little later.
+
+    Raises:
+        Unavailable: as many as may run side by side do.
+    """
+    row = session.get_one(SearchRow, search.id)
+    limits = SearchLimits(num_trials=row.num_trials, slots=row.slots, places=row.places)
+    allowed = limits.side_by_side(attempt.world_size // per_trial)
+    if num_trials_under_way(session, [search.id]).get(search.id, 0) >= allowed:
+        raise Unavailable(f"{allowed} trials of {search.id} are under way, as many as may be now; ask again.")
 
 
 def _start(

@@ -183,7 +183,9 @@ def judge(soak: Soak, minutes: float) -> int:
         "somebody was hit": lambda: bool(soak.hits),
         "weights and moments are bit-equal": lambda: same(soak.client, expected.id, job.id),
         # Each attempt logs its first step besides.
-        "every logged loss is there and the same": lambda: losses == {step: under_fire.get(step) for step in losses},
+        "every logged loss is there and the same": lambda: (
+            bool(losses) and losses == {step: under_fire.get(step) for step in losses}
+        ),
         "attempts follow one another": lambda: all(
             after.created_at >= (before.ended_at or after.created_at)
             for before, after in zip(job.attempts, job.attempts[1:], strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 from configs.layout import image_key
+from orchestrator.control.sweep_uploads import sweep_images
 from orchestrator.services.images import MAX_IMAGE_BYTES, MEDIA_TYPES, media_type_of
 from orchestrator.storage.db import Database
 from orchestrator.storage.store import StoreUnavailable
@@ -90,15 +92,40 @@ def test_an_image_that_is_too_large_is_refused(api: TestClient, db: Database) ->
     assert num_images(db) == 1
 
 
-def test_what_the_store_did_not_take_leaves_no_row(
+def test_what_the_store_may_not_have_taken_is_swept(
     api: TestClient, db: Database, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
+    kept = store.put
+
+    def refuse(key: str, data: bytes) -> None:
+        kept(key, data)  # the answer was lost
         raise StoreUnavailable("the store is away")
 
     monkeypatch.setattr(store, "put", refuse)
     assert api.post("/v1/images", content=encoded("PNG")).status_code == 503
+    (found,) = store.list("images/")
+    assert [image_key(image_id) for image_id in sweep_images(db, store, datetime.now(UTC))] == [found.key]
     assert num_images(db) == 0
+    assert list(store.list("images/")) == []
+
+
+def test_an_image_is_kept_from_when_a_job_names_it(api: TestClient, db: Database) -> None:
+    checkpoint = add_checkpoint(db, str(submit(api)["id"]), 40)
+    image_id = api.post("/v1/images", content=encoded("PNG")).json()["id"]
+    with db.session() as session:
+        row = session.get_one(ImageRow, image_id)
+        week = row.expires_at - row.created_at
+        row.created_at -= week - timedelta(hours=1)
+        row.expires_at -= week - timedelta(hours=1)
+        expires_at = row.expires_at
+    assert api.post("/v1/plans", json=inspection(checkpoint, image_id)).status_code == 200
+    with db.reader() as session:
+        assert session.get_one(ImageRow, image_id).expires_at == expires_at, "a plan keeps nothing"
+    assert api.post("/v1/jobs", json=inspection(checkpoint, image_id)).status_code == 201
+    with db.reader() as session:
+        row = session.get_one(ImageRow, image_id)
+        assert row.expires_at - row.created_at == week
+        assert row.expires_at - expires_at > week - timedelta(hours=2)
 
 
 def test_viewers_upload_nothing(api: TestClient, db: Database) -> None:

@@ -207,7 +207,7 @@ def test_every_job_gets_one_decision_and_all_starts_fit_together(jobs: list[Wait
 
 # -- searches that run -------------------------------------------------------------------------------------------------
 def search(name: str, places: int, *, began_with: int = 1, most: int = 100, per_trial: int = 1) -> RunningSearch:
-    return RunningSearch(name, CPU, per_trial, began_with, places, most)
+    return RunningSearch(name, 1, CPU, per_trial, began_with, places, most)
 
 
 def shares(seen: ClusterView, *searches: RunningSearch) -> dict[str, int]:
@@ -233,6 +233,16 @@ def test_while_somebody_waits_a_search_falls_back_to_what_it_began_with() -> Non
     seen = view(job("a", 2), reserved=(Reservation("s", 4, CPU),))
     assert shares(seen, search("s", 4, began_with=2)) == {"s": 2}
     assert shares(seen, search("s", 1, began_with=2)) == {"s": 1}  # not more, either
+
+
+def test_what_a_search_gave_up_it_takes_back_before_others_if_there_is_room() -> None:
+    seen = view(job("a", 4), reserved=(Reservation("s", 1, CPU),))
+    assert shares(seen, search("s", 1, began_with=2)) == {"s": 2}
+
+
+def test_a_job_that_lost_its_place_is_made_room_for() -> None:
+    reserved = (Reservation("s", 3, CPU), Reservation("recovering", 2, CPU))
+    assert shares(view(reserved=reserved), search("s", 3)) == {"s": 1}
 
 
 def test_a_job_that_waits_for_something_else_takes_no_places() -> None:

@@ -46,7 +46,7 @@ class Driven:
         assert response.status_code == 201, response.text
         self.id: str = response.json()["id"]
         move(db, self.id, JobState.PREPARING, JobState.RUNNING)
-        self.attempt = add_attempt(db, self.id, cluster_id="session_1")
+        self.attempt = add_attempt(db, self.id, cluster_id="session_1", world_size=6)
         self._seq: dict[str, int] = {}
 
     def ask(self, method: str, path: str, body: Any = None, attempt: str | None = None) -> Any:
@@ -401,14 +401,20 @@ def test_a_search_takes_what_is_free_and_gives_it_back(driven: Driven, api: Test
         with db.reader() as session:
             return next(r.world_size for r in load_reservations(session) if r.job_id == driven.id)
 
+    with db.session() as session:
+        session.get_one(AttemptRow, driven.attempt).world_size = 2
     # It began with one trial of two workers; nobody waits, and its spec allows three.
     assert (places(), reserved()) == (3, 6)
     files = [driven.begun(number, lr=number / 100) for number in (1, 2, 3)]
     assert (places(), api.get(f"/v1/searches/{driven.id}").json()["places"]) == (3, 3)
 
-    # Somebody waits: no more trials than it began with; those under way keep their workers until they end.
+    # Somebody waits: no more trials than it began with; those under way keep their workers until they end, and no
+    # other begins, whatever its driver has heard of it.
+    driven.create(4, lr=0.04)
     waiting = str(api.post("/v1/jobs", json={"spec": PRETRAIN}).json()["id"])
     assert (places(), reserved()) == (1, 6)
+    refused = driven.ask("POST", "trials/4/begin")
+    assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
     driven.end(1, files[0], ExitReason.NAN_LOSS)
     assert (reserved(), driven.job(waiting).start_workers) == (4, None)
     assert places() == 1

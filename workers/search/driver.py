@@ -271,7 +271,7 @@ class SearchDriver:
             return self._open_next(now)
         except Unreachable as error:
             log.warning("The next trial could not be begun yet.", error=str(error))
-            self._next_ask = now + PAUSE_S
+            self._next_ask, self._next_limits = now + PAUSE_S, 0.0
         except Superseded as error:
             log.error("This attempt may not begin trials any more.", error=str(error))
             self._next_ask = now + PAUSE_S

@@ -1,5 +1,5 @@
 // A place to drop image files on, or to choose them by the keyboard. They are sent one after the other; the server
-// hears their ids when all have arrived. What was refused is said in words, and nothing is lost of the others.
+// hears their ids when all have arrived, or, where some were refused, when whoever reads that goes on with the others.
 export default {
   template: `
     <div class="drop" :class="{ over }" @dragover.prevent="over = true" @dragleave="over = false" @drop.prevent="dropped">
@@ -7,11 +7,14 @@ export default {
         Choose images<input type="file" class="unseen" multiple accept="image/*" :disabled="busy" @change="chosen" />
       </label>
       <span class="soft" role="status">{{ said || hint }}</span>
+      <button v-if="left.length" type="button" class="btn main" @click="emit(left)">
+        Look at the {{ left.length === 1 ? "other one" : "other " + left.length }}
+      </button>
     </div>`,
   props: { to: String, hint: String, most: Number, mostBytes: Number },
   emits: ["sent"],
   data() {
-    return { over: false, busy: false, said: "" };
+    return { over: false, busy: false, said: "", left: [] };
   },
   methods: {
     dropped(event) {
@@ -30,6 +33,7 @@ export default {
         return;
       }
       this.busy = true;
+      this.left = [];
       const ids = [], refused = [];
       for (const file of files) {
         this.said = `Sending ${ids.length + refused.length + 1} of ${files.length} …`;
@@ -38,7 +42,13 @@ export default {
       }
       this.busy = false;
       this.said = refused.join(" ");
-      if (ids.length) this.$emit("sent", ids);
+      // What was refused is to be read before the page is left.
+      if (refused.length) this.left = ids;
+      else this.emit(ids);
+    },
+    emit(ids) {
+      this.left = [];
+      this.$emit("sent", ids);
     },
     async sendOne(file, ids) {
       try {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from configs.data import MAX_UPLOADED_IMAGES
 from configs.pictures import READ_IMAGES
 from orchestrator.dashboard.drop import Drop
 from orchestrator.dashboard.frame import Frame, url
 from orchestrator.schemas import JobPublic
 from orchestrator.services.auth import Actor
+from orchestrator.services.images import MAX_IMAGE_BYTES
 from orchestrator.services.submission import Request, Submitted, submit_job
 
 
@@ -25,6 +27,13 @@ async def inspect(frame: Frame, job: JobPublic, checkpoint_id: str, **parts: Any
     await _submit(frame, job, what, spec, gpus=job.spec["resources"]["gpus_per_worker"], tab="pictures")
 
 
+def has_attention(job: JobPublic) -> bool:
+    """Whether a job's checkpoints, or the one it looks at, attend to anything: a ResNet does not."""
+    if job.kind == "inspect":
+        return bool(job.spec["pictures"] != ["stem_filters"])
+    return (job.spec.get("model") or {}).get("resnet") is None
+
+
 def own_images(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
     """Where images are dropped, to see what the checkpoint attends to in them."""
 
@@ -32,7 +41,8 @@ def own_images(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
         data = {"source": {"type": "images", "ids": ids}}
         await inspect(frame, job, checkpoint_id, data=data, pictures=sorted(READ_IMAGES))
 
-    Drop("or drop them here: at most 64, of 16 MiB each.", look)
+    most, mib = MAX_UPLOADED_IMAGES, MAX_IMAGE_BYTES // 1024**2
+    Drop(f"or drop them here: at most {most}, of {mib} MiB each.", look)
 
 
 async def _submit(frame: Frame, job: JobPublic, what: str, spec: dict[str, Any], *, gpus: int, tab: str = "") -> None:

@@ -115,8 +115,9 @@ def _open_inspection(frame: Frame, job: JobPublic, checkpoint_id: str) -> None:
         parts.tag("p", "The paper's pictures of it: filters, positions, how far its heads look, what it attends to.")
         with parts.row():
             parts.button("Draw the pictures", lambda: checkpoint_jobs.inspect(frame, job, checkpoint_id), "main")
-        parts.tag("p", "Or what it attends to in images of your own:")
-        checkpoint_jobs.own_images(frame, job, checkpoint_id)
+        if checkpoint_jobs.has_attention(job):
+            parts.tag("p", "Or what it attends to in images of your own:")
+            checkpoint_jobs.own_images(frame, job, checkpoint_id)
         with parts.row():
             parts.button("Close", box.close)
     box.open()

@@ -15,7 +15,7 @@ from orchestrator.services.pictures import list_pictures
 
 def draw(frame: Frame, job: JobPublic) -> Callable[[JobPublic], None]:
     """The tab."""
-    if frame.may_write and job.init_from is not None:
+    if frame.may_write and job.init_from is not None and checkpoint_jobs.has_attention(job):
         checkpoint_id = job.init_from
         with parts.card("Attention over your own images"):
             parts.tag("p", "Drop images, and see how this checkpoint looks at them.", "soft")
