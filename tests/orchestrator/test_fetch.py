@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from datetime import UTC, datetime
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 import vit
 from configs.model import VitConfig
 from configs.wire import BLOCK_BYTES, Manifest, Preprocess, ShardFile, TensorSlice
+from orchestrator import fetch as fetch_module
 from orchestrator.client import Client
 from orchestrator.fetch import CONFIG_NAME, WEIGHTS_NAME, FetchError, fetch
+from orchestrator.weights_file import WeightsFile
 
 CHECKPOINT = "ckpt_01ARZ3NDEKTSV4RRFFQ69G5FAV_s000000010_a0001"
 JOB = "job_01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -258,6 +261,21 @@ def test_the_store_is_asked_where_a_redirect_led_until_that_address_expires(serv
     # Once for each of the two shards, and once more when the address was not good any longer.
     assert (asked.count("patchwork.test"), asked.count("expired")) == (3, 1)
     vit.load(tmp_path / "model")
+
+
+def test_a_disk_that_fails_while_blocks_come_in_fails_the_fetch(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so once; at the sync in the end it is silent."""
+
+    def fails(_: WeightsFile) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fetch_module, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(WeightsFile, "sync", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        fetch(server.client(), CHECKPOINT, tmp_path)
+    assert not (tmp_path / CONFIG_NAME).exists()
 
 
 def test_a_server_that_ignores_ranges_is_refused(server: Server, tmp_path: Path) -> None:
