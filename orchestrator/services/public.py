@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
+
+from pydantic_core import from_json
 
 from configs.imports import WeightOrigin
 from configs.model import network_adapter
@@ -30,7 +31,7 @@ _ADVICE = {reason.value: row.advice for reason, row in EXIT_REASONS.items()}
 
 def job_public(row: JobRow, attempts: Sequence[AttemptRow], queue: QueuePublic | None) -> JobPublic:
     """A job with its attempts (by number) and, if it waits, its place in the queue."""
-    spec = json.loads(row.spec_json)
+    spec = from_json(row.spec_json)
     return JobPublic(
         id=row.id,
         kind=row.kind,
