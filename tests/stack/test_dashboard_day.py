@@ -140,6 +140,7 @@ def test_a_day_at_the_dashboard(
         files.set_input_files(dropped[1])
         expect(page.get_by_text("a note.png: This is not an image.")).to_be_visible()
         files.set_input_files(dropped)
+        page.get_by_role("button", name="Look at the other one").click()
         page.get_by_role("heading", name="my day-images").wait_for()
         rollout = page.get_by_role("img", name="Attention rollout over 1 image.")
         rollout.wait_for(timeout=_LONG_MS)
