@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import structlog
-from sqlalchemy import func, or_, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from configs.reasons import ExitReason
@@ -59,6 +59,17 @@ class _Queued(NamedTuple):
     not_before: datetime | None
     init_from: str | None
     spec_json: bytes
+
+
+class _Search(NamedTuple):
+    """A search that runs, with its attempt."""
+
+    id: str
+    spec_json: bytes
+    attempt: int
+    world_size: int
+    places: int | None
+    slots: int | None
 
 
 _QUEUED = [JobRow.id, JobRow.priority, JobRow.created_at, JobRow.not_before, JobRow.init_from, JobRow.spec_json]
@@ -179,27 +190,28 @@ def schedule_queue(db: Database, now: datetime) -> int:
 
 def _running_searches(session: Session) -> list[RunningSearch]:
     running = (
-        select(JobRow, SearchRow)
+        select(JobRow.id, JobRow.spec_json, AttemptRow.number, AttemptRow.world_size, SearchRow.places, SearchRow.slots)
         .join(SearchRow, SearchRow.job_id == JobRow.id)
+        .join(AttemptRow, and_(AttemptRow.job_id == JobRow.id, AttemptRow.number == JobRow.num_attempts))
         .where(JobRow.state == JobState.RUNNING, JobRow.desired == Desired.RUN)
+        .where(AttemptRow.state != AttemptState.ENDED)
     )
     found = []
-    for job, limits in session.execute(running):
-        attempt = last_attempt(session, job)
-        if attempt is None or attempt.state == AttemptState.ENDED or not _is_readable(job):
+    for job in map(_Search._make, session.execute(running)):
+        if not _is_readable(job):
             continue
         wanted = needs(job.spec_json)
-        began_with = attempt.world_size // wanted.per_trial
+        began_with = job.world_size // wanted.per_trial
         most = wanted.world_sizes[-1] // wanted.per_trial
         found.append(
             RunningSearch(
                 job_id=job.id,
-                attempt=attempt.number,
+                attempt=job.attempt,
                 worker=wanted.worker,
                 per_trial=wanted.per_trial,
                 began_with=began_with,
-                places=began_with if limits.places is None else limits.places,
-                most=most if limits.slots is None else min(most, limits.slots),
+                places=began_with if job.places is None else job.places,
+                most=most if job.slots is None else min(most, job.slots),
             )
         )
     return found
@@ -240,7 +252,7 @@ def beat(db: Database, now: datetime) -> None:
         upsert(session, ClusterRow, [row | {"controller_at": now}], ["id"], update=["controller_at"])
 
 
-def _is_readable(row: JobRow | _Queued) -> bool:
+def _is_readable(row: JobRow | _Queued | _Search) -> bool:
     """Whether the row's spec can be understood; one that cannot must not keep all others from being scheduled."""
     try:
         needs(row.spec_json)
