@@ -54,32 +54,29 @@ class TrialRecord(Stored):
         return self.curve[-1][1] if self.curve else None
 
 
-class SearchState(Stored):
-    """Everything a driver needs to go on."""
+class SearchLimits(Stored):
+    """What users and the scheduler may change of a search while it runs."""
 
-    job_id: str
     num_trials: int
     """The budget now: it may have grown."""
     slots: int | None = None
     """At most so many trials side by side, if a user said so."""
     places: int | None = None
     """So many trials may run side by side now, by the scheduler; None: as many as the attempt began with."""
-    ran_s: float = 0.0
-    """Running time of the search's earlier attempts."""
-    trials: tuple[TrialRecord, ...] = ()
-
-
-class SearchLimits(Stored):
-    """What users and the scheduler changed of a search since it began."""
-
-    num_trials: int
-    slots: int | None = None
-    places: int | None = None
 
     def side_by_side(self, began_with: int) -> int:
         """How many trials may run at once, of a search that began with room for so many."""
         places = began_with if self.places is None else self.places
         return places if self.slots is None else min(places, self.slots)
+
+
+class SearchState(SearchLimits):
+    """Everything a driver needs to go on."""
+
+    job_id: str
+    ran_s: float = 0.0
+    """Running time of the search's earlier attempts."""
+    trials: tuple[TrialRecord, ...] = ()
 
 
 class TrialCreate(Stored):

@@ -102,7 +102,9 @@ class QueuePublic(Stored):
 
 
 class Usage(Stored):
-    gpu_seconds: float = Field(description="Wall seconds x devices (workers where there is no GPU).")
+    gpu_seconds: float = Field(
+        description="Wall seconds x devices (workers where there is no GPU); of a search, of its trials together."
+    )
     wasted_gpu_s: float = Field(description="gpu_seconds of steps that were done again after a restart.")
     wasted_steps: int
     overhead_s: float = Field(description="Wall seconds of restarts.")

@@ -229,19 +229,24 @@ def test_inspect_submits_waits_and_fetches(tmp_path: Path, capsys: pytest.Captur
     assert str(folder / "patch_filters.png") in said
 
 
-def test_inspect_takes_a_gpu_where_there_is_one_and_says_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
-    sent: list[dict[str, Any]] = []
+def created(sent: list[dict[str, Any]], gpus: float) -> Routes:
+    """What `inspect` of CHECKPOINT asks for on a cluster with so many GPUs; the job it sends is put into `sent`."""
 
     def create(request: httpx.Request) -> httpx.Response:
         sent.append(json.loads(request.content)["spec"])
         return httpx.Response(201, json=job("QUEUED", kind="inspect"))
 
-    routes: Routes = {
+    return {
         ("GET", f"/v1/checkpoints/{CHECKPOINT['id']}"): ok(CHECKPOINT),
-        ("GET", "/v1/cluster"): ok(cluster(8.0)),
+        ("GET", "/v1/cluster"): ok(cluster(gpus)),
         ("POST", "/v1/jobs"): create,
         ("GET", f"/v1/jobs/{JOB}/pictures"): ok({"checkpoint_id": None, "items": []}),
     }
+
+
+def test_inspect_takes_a_gpu_where_there_is_one_and_says_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
+    sent: list[dict[str, Any]] = []
+    routes = created(sent, 8.0)
     assert patchwork(routes, "inspect", str(CHECKPOINT["id"])) == 0
     assert sent[0]["resources"] == {"gpus_per_worker": 1}
     assert f"patchwork inspect {JOB} --to DIR" in capsys.readouterr().out
@@ -274,17 +279,7 @@ def test_inspect_of_images_of_ones_own_uploads_them_first(tmp_path: Path) -> Non
         times = {"created_at": T0.isoformat(), "expires_at": T0.isoformat()}
         return httpx.Response(201, json={"id": f"img_{len(uploaded)}", "num_bytes": 1, "media_type": "x"} | times)
 
-    def create(request: httpx.Request) -> httpx.Response:
-        sent.append(json.loads(request.content)["spec"])
-        return httpx.Response(201, json=job("QUEUED", kind="inspect"))
-
-    routes: Routes = {
-        ("GET", f"/v1/checkpoints/{CHECKPOINT['id']}"): ok(CHECKPOINT),
-        ("GET", "/v1/cluster"): ok(cluster(0.0)),
-        ("POST", "/v1/images"): upload,
-        ("POST", "/v1/jobs"): create,
-        ("GET", f"/v1/jobs/{JOB}/pictures"): ok({"checkpoint_id": None, "items": []}),
-    }
+    routes = created(sent, 0.0) | {("POST", "/v1/images"): upload}
     for name in ("cat.png", "dog.png"):
         (tmp_path / name).write_bytes(name.encode())
     files = [str(tmp_path / name) for name in ("cat.png", "dog.png")]

@@ -289,6 +289,8 @@ def test_trials_of_a_lost_driver_go_on_with_the_next_one(driven: Driven) -> None
         search = session.get_one(JobRow, driven.id)
         session.get_one(AttemptRow, driven.attempt).state = AttemptState.ENDED
         assert release_trials(session, search, datetime.now(UTC)) == 1
+    # Its device time is that of its trials.
+    assert driven.job(driven.id).gpu_seconds == driven.job(file.job_id).gpu_seconds > 0.0
     driven.attempt = add_attempt(driven.db, driven.id, 2, cluster_id="session_2")
     (trial,) = driven.state().trials
     assert (trial.state, trial.reason) == ("QUEUED", None)

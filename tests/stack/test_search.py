@@ -175,7 +175,8 @@ def assert_as_undisturbed(client: Client, job: JobPublic, num_trials: int) -> No
 
 def test_a_search_outlives_its_driver_and_the_api(client: Client, stack: Stack) -> None:
     # The third setting is the first that depends on how others ended.
-    search_whose_driver_and_api_die(client, stack, 3, driver_at=1, api_at=2)
+    reasons = search_whose_driver_and_api_die(client, stack, 3, driver_at=1, api_at=2)
+    assert reasons == ["DRIVER_LOST", "COMPLETED"]
 
 
 def test_a_search_makes_room_for_a_job_that_waits(client: Client, stack: Stack) -> None:

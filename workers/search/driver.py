@@ -117,7 +117,7 @@ class SearchDriver:
         self._closers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="closer")
         self._not_before: dict[int, float] = {}
         """Trials that are tried again after a while."""
-        self._limits = SearchLimits(num_trials=0)
+        self._limits: SearchLimits = SearchLimits(num_trials=0)
         self._ran_before_s = 0.0
         self._started_at = time.monotonic()
         self._hub: Any = place.start_hub()
@@ -173,8 +173,7 @@ class SearchDriver:
                     return ExitReason.PLATFORM_ERROR, f"The control plane did not give the search's trials: {error}"
                 time.sleep(PAUSE_S)
                 continue
-            self._ran_before_s = state.ran_s
-            self._limits = SearchLimits(num_trials=state.num_trials, slots=state.slots, places=state.places)
+            self._limits, self._ran_before_s = state, state.ran_s
             self._book = Book(self._search, state)
             return None
 
