@@ -165,6 +165,12 @@ def optimizer_bytes_per_parameter(optimizer: str) -> int:
     return {"adamw": 2, "lamb": 2, "sgd": 1}[optimizer] * FP32
 
 
+def built_stage(zero_stage: int, world_size: int) -> int:
+    """The ZeRO stage that is built where `zero_stage` was asked for. On one worker there is nothing to partition over:
+    stages 1 to 3 hold more than stage 0 there and take longer (on an H200 a step of ViT-B/16 by 13 % and 140 %)."""
+    return zero_stage if world_size > 1 else 0
+
+
 def state_bytes(config: NetworkConfig, zero_stage: int, world_size: int, optimizer: str, ema: bool = False) -> int:
     """Bytes each rank holds between steps, with fp32 parameters (bf16 is autocast: parameters stay fp32).
 
@@ -172,8 +178,9 @@ def state_bytes(config: NetworkConfig, zero_stage: int, world_size: int, optimiz
     moments, 2 also the gradients, 3 also the weights. Stages 1 to 3 keep a second fp32 copy of the rank's own part of
     the weights, which the optimizer updates (DeepSpeed 0.19: single_partition_of_fp32_groups of stage_1_and_2.py,
     fp32_partitioned_groups_flat of stage3.py; the latter means to share what is fp32 already, and does not).
-    Checked against DeepSpeed's engine on CPU by a test.
+    Checked against DeepSpeed's engine on CPU by a test. One worker builds stage 0 (`built_stage`).
     """
+    zero_stage = built_stage(zero_stage, world_size)
     parameters = num_parameters(config)
     shard = -(-parameters // world_size)
     moments = optimizer_bytes_per_parameter(optimizer)

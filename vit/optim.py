@@ -67,13 +67,14 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+def build_optimizer(model: nn.Module, optim: Optim, fused: bool = False) -> Optimizer:
     """AdamW with decoupled decay, `p <- p - lr * weight_decay * p` on kernels; LAMB; or SGD with momentum, whose decay
     is added to the gradient as torch does. The loop sets the learning rate from `vit.schedule` before every update.
-    Frozen parameters (`freeze`) are left out."""
+    Frozen parameters (`freeze`) are left out. `fused`: AdamW and SGD by one kernel that reads and writes each number
+    once, rather than by one for every operation; its rounding differs."""
     groups = param_groups(model, optim.weight_decay, optim.layer_decay)
     if optim.name == "adamw":
-        return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
     if optim.name == "lamb":
         return Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    return SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)

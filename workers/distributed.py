@@ -47,7 +47,15 @@ def init_ranks(
         torch.cuda.set_device(device)
     where = {"init_method": rendezvous} if isinstance(rendezvous, str) else {"store": rendezvous}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, **where)
+    dist.init_process_group(
+        backend,
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        # Else NCCL guesses it from the rank, which is wrong where a process sees its own device only.
+        device_id=device if device.type == "cuda" else None,
+        **where,
+    )
     control_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(control_group, dist.ProcessGroup)
     return Ranks(rank, world_size, local_rank, device, control_group)
@@ -66,7 +74,7 @@ def _set_environment(rank: int, world_size: int, local_rank: int, device: torch.
     # DeepSpeed looks for MPI unless these are set; the groups exist by then and neither is used.
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
+    os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
         # Without it DeepSpeed counts NUMA nodes as devices.
         os.environ["LOCAL_SIZE"] = str(world_size)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from configs.cost import built_stage
 from configs.spec import TrainingJob
 from vit.optim import build_optimizer, freeze, set_learning_rate
 from workers.deepspeed_config import deepspeed_config
@@ -133,15 +134,16 @@ def _global_norm(gradients: list[Tensor]) -> Tensor:
 def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_size: int) -> DeepSpeedEngine:
     """Put the model and its optimizer under DeepSpeed. The model comes initialised, in fp32 and equal on all ranks."""
     deepspeed = _import_deepspeed()
+    zero_stage = built_stage(spec.zero.stage, ranks.world_size)
     freeze(model, spec.optim.train)
-    optimizer = build_optimizer(model, spec.optim)
+    optimizer = build_optimizer(model, spec.optim, fused=is_fused(ranks))
     if spec.train.compile:
         model.compile()  # in place: names of parameters stay; the first step compiles
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config=deepspeed_config(
-            zero_stage=spec.zero.stage,
+            zero_stage=zero_stage,
             precision=spec.train.precision,
             clip_grad_norm=spec.optim.clip_grad_norm,
             global_batch_size=spec.train.global_batch_size,
@@ -149,10 +151,15 @@ def build_engine(model: nn.Module, spec: TrainingJob, ranks: Ranks, micro_batch_
             world_size=ranks.world_size,
         ),
     )
-    built = DeepSpeedEngine(engine, spec.zero.stage, spec.optim.clip_grad_norm, spec.train.compile)
+    built = DeepSpeedEngine(engine, zero_stage, spec.optim.clip_grad_norm, spec.train.compile)
     create_moments(built)
     locate_parameters(built)
     return built
+
+
+def is_fused(ranks: Ranks) -> bool:
+    """Whether the optimizer is one kernel: on GPUs, whose update is bounded by the bytes it moves."""
+    return ranks.device.type == "cuda"
 
 
 def _import_deepspeed() -> Any:

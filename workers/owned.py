@@ -108,7 +108,9 @@ def create_moments(engine: HasDeepSpeed) -> None:
     for flat in _flats(engine):
         state: dict[str, Tensor] = {name: torch.zeros_like(flat, requires_grad=False) for name in moment_names(engine)}
         if isinstance(optimizer, AdamW | Lamb):
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            # Where torch's own first step would put it: a fused kernel reads it itself.
+            device = flat.device if optimizer.defaults.get("fused") else None
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device=device)
         optimizer.state[flat] = state
 
 

@@ -52,12 +52,12 @@ def tensor_bytes() -> int:
     return sum(size for size in storages.values() if size < 4 * BUCKET_ELEMENTS)
 
 
-def engine_bytes(ranks: Ranks, stage: int, optimizer: str) -> int:
+def engine_bytes(ranks: Ranks, stage: int, optimizer: str) -> float:
     spec = job(stage, optimizer)
     before = tensor_bytes()
     engine = build_engine(build(spec.model.vit()), spec, ranks, 1)
     found = tensor_bytes() - before
-    assert engine.zero_stage == stage
+    assert engine.zero_stage == (stage if ranks.world_size > 1 else 0)
     return found
 
 
@@ -70,3 +70,13 @@ def test_state_before_the_first_gradients(stage: int, optimizer: str) -> None:
     expected = state_bytes(config, stage, 2, optimizer) - gradients
     for found in run_ranks(2, engine_bytes, stage, optimizer):
         assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_worker_holds_what_stage_0_holds(stage: int) -> None:
+    config = job(stage, "adamw").model.vit()
+    expected = state_bytes(config, stage, 1, "adamw")
+    assert expected == state_bytes(config, 0, 1, "adamw")
+    found = run_ranks(1, engine_bytes, stage, "adamw")[0]
+    assert found == pytest.approx(expected - 4.0 * num_parameters(config), rel=0.01)  # gradients come later
