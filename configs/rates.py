@@ -1,7 +1,6 @@
 """How fast a job can go: arithmetic, what ranks send each other, and the processor's share, the decoding of images.
 
-Vendors' figures and assumptions, each named where it is used; none was measured on a GPU by us. `configs.calibration`
-puts measured rates in their place.
+Vendors' figures and assumptions, each named where it is used. `configs.calibration` puts measured rates in their place.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from configs.model import NetworkConfig
 
 ASSUMED_MFU = 0.40
 """Model FLOPs utilisation that hours are computed with. Published plain-ViT training on A100 and H100 reaches 29 to
-44 % (NVIDIA NeMo's ViT-g), and 6 to 23 % where small models or the loader are the limit."""
+44 % (NVIDIA NeMo's ViT-g), and 6 to 23 % where small models or the loader are the limit. On one H200 we measured 30 %
+with B/16 (36 % compiled) and 40 % with H/14 (docs/gpu.md)."""
 RECOMPUTED = 4 / 3
 """Work with activation checkpointing, of that without: each block's forward is done again."""
 DECODED_PER_CORE = {"decode": 350.0, "read": 50_000.0}

@@ -277,7 +277,9 @@ class TrainingPlanner:
                 unknown = "no job like it has finished here (patchwork plan --server asks the server)"
                 return [*notes, f"On CPU: memory is not planned, and hours are not known: {unknown}."]
             return [*notes, "On CPU: memory is not planned.", self._source_of_rate()]
-        notes.append("Computed, never measured on a GPU by us." if not self._measured else self._source_of_rate())
+        notes.append(
+            "Computed: GPUs were measured by us on one H200 only." if not self._measured else self._source_of_rate()
+        )
         own = stages[self._spec.zero.stage]
         if not own.fits:
             notes.append(_advice(own, stages, self._memory_gib))
