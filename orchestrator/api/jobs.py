@@ -145,10 +145,9 @@ def list_jobs(
 ) -> Response:
     """Jobs, the newest first or as sorted; trials only with their search's id."""
     wanted = jobs.JobFilter(tuple(state or ()), kind, project, name, tuple(label or ()), search)
-    page = jobs.list_jobs(services.db, wanted, limit, cursor, sort)
-    if count:
-        page = page.model_copy(update={"num_matching": jobs.count_jobs(services.db, wanted)})
-    return _answer(page)
+    num_matching = jobs.count_jobs(services.db, wanted) if count else None
+    page = jobs.list_jobs_json(services.db, wanted, limit, cursor, sort, num_matching)
+    return Response(page, media_type="application/json")
 
 
 @router.get(

@@ -11,20 +11,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from sqlalchemy import Select, and_, func, or_, select
+from pydantic_core import to_json
+from sqlalchemy import Select, Text, and_, func, or_, select
+from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from configs.ids import JOB_ID
 from configs.states import Desired, JobState
 from orchestrator.control.transitions import allowed_actions
-from orchestrator.schemas import JobPage, JobPublic
+from orchestrator.schemas import JobPage, JobPublic, QueuePublic
 from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import Answer, Key, claim, remember
 from orchestrator.services.places import find_places, place_of_new, waits
 from orchestrator.services.problems import Invalid, NotFound, PreconditionFailed, WrongState, field_error
-from orchestrator.services.public import etag, job_public
+from orchestrator.services.public import StoredJson, etag, job_json, job_public
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
 from orchestrator.storage.not_indexed import not_indexed
@@ -77,23 +79,33 @@ def list_jobs(db: Database, wanted: JobFilter, limit: int, cursor: str | None, s
     Raises:
         Invalid: the cursor or a label filter is malformed, or the cursor belongs to another order.
     """
-    column, descending = _SORTS[sort.removeprefix("-")], sort.startswith("-")
-    order = (column.desc(), JobRow.id.desc()) if descending else (column.asc(), JobRow.id.asc())
-    query = _filtered(wanted).order_by(*order).limit(limit + 1)
-    if cursor is not None:
-        value, job_id = _parse_cursor(cursor, sort)
-        beyond = column < value if descending else column > value
-        id_beyond = JobRow.id < job_id if descending else JobRow.id > job_id
-        query = query.where(or_(beyond, and_(column == value, id_beyond)))
     with db.reader() as session:
-        if wanted != JobFilter() or column is not JobRow.created_at:
-            # Ids first: rows are wide, and most of those that are looked at are not shown.
-            chosen = list(session.scalars(query.with_only_columns(JobRow.id)))
-            query = select(JobRow).where(JobRow.id.in_(chosen)).order_by(*order)
-        rows: list[JobRow] = list(session.scalars(query))
+        rows: list[JobRow] = list(session.scalars(_page(session, [JobRow], wanted, limit, cursor, sort)))
         items = publish(session, rows[:limit])
-    more = len(rows) > limit
-    return JobPage(items=tuple(items), next_cursor=_cursor(rows[limit - 1], sort) if more else None)
+    return JobPage(items=tuple(items), next_cursor=_next_cursor(rows, limit, sort))
+
+
+def list_jobs_json(
+    db: Database,
+    wanted: JobFilter,
+    limit: int,
+    cursor: str | None,
+    sort: Sort = "-created",
+    num_matching: int | None = None,
+) -> bytes:
+    """The JSON of what `list_jobs` returns, with `num_matching` in it, in half the time.
+
+    Raises:
+        Invalid: as `list_jobs`.
+    """
+    with db.reader() as session:
+        found = session.execute(_page(session, [*_SHOWN, *_STORED], wanted, limit, cursor, sort)).all()
+        # Rows of some columns answer to the same names as a JobRow; for its JSON nobody but `_stored` asks them.
+        rows = cast(Sequence[JobRow], found)
+        attempts, places = _attempts_and_places(session, rows[:limit])
+    items = [job_json(row, _stored(row), attempts.get(row.id, ()), places.get(row.id)) for row in rows[:limit]]
+    rest = to_json({"next_cursor": _next_cursor(rows, limit, sort), "num_matching": num_matching})
+    return b'{"items":[%b],%b' % (b",".join(items), rest[1:])
 
 
 def count_jobs(db: Database, wanted: JobFilter) -> int:
@@ -155,18 +167,42 @@ def check_action(row: JobRow, action: str) -> None:
 
 def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
     """Public models of `rows`, with their attempts and places in the queue."""
-    attempts: dict[str, list[AttemptRow]] = {row.id: [] for row in rows}
-    if begun := [row.id for row in rows if row.num_attempts]:
-        of_these = select(AttemptRow).where(AttemptRow.job_id.in_(begun)).order_by(AttemptRow.number)
-        for attempt in session.scalars(of_these):
-            attempts[attempt.job_id].append(attempt)
-    queue = find_places(session, {row.id for row in rows if waits(row)})
-    return [job_public(row, attempts[row.id], queue.get(row.id)) for row in rows]
+    attempts, places = _attempts_and_places(session, rows)
+    return [job_public(row, attempts.get(row.id, ()), places.get(row.id)) for row in rows]
 
 
 def publish_new(session: Session, row: JobRow) -> JobPublic:
     """The public model of a job that was queued in this transaction."""
     return job_public(row, (), place_of_new(session, row))
+
+
+def _attempts_and_places(
+    session: Session, rows: Sequence[JobRow]
+) -> tuple[dict[str, list[AttemptRow]], dict[str, QueuePublic]]:
+    """By job: the attempts, by number, of those that have any, and the places of those that wait."""
+    attempts: dict[str, list[AttemptRow]] = {}
+    if begun := [row.id for row in rows if row.num_attempts]:
+        of_these = select(AttemptRow).where(AttemptRow.job_id.in_(begun)).order_by(AttemptRow.number)
+        for attempt in session.scalars(of_these):
+            attempts.setdefault(attempt.job_id, []).append(attempt)
+    return attempts, find_places(session, {row.id for row in rows if waits(row)})
+
+
+# What the JSON of a job is made of: its columns but for those that stay inside, and those that are JSON as they are.
+_INSIDE = {"dataset", "not_before", "user_failures", "infra_failures", "next_look_at"}
+_AS_STORED = ("labels", "submitted", "plan", "last_metrics")
+_SHOWN = [
+    column
+    for column in JobRow.__table__.columns
+    if column.key not in {*_INSIDE, *_AS_STORED} and not column.key.startswith("lease_")
+]
+_STORED = [cast_to(getattr(JobRow, name), Text).label(f"{name}_json") for name in _AS_STORED]
+
+
+def _stored(row: Any) -> StoredJson:
+    return StoredJson(
+        row.labels_json.encode(), row.submitted_json.encode(), row.plan_json.encode(), row.last_metrics_json.encode()
+    )
 
 
 _EVENTS = {
@@ -223,7 +259,30 @@ def _filtered(wanted: JobFilter) -> Select[Any]:
     return query
 
 
-def _cursor(row: JobRow, sort: Sort) -> str:
+def _page(
+    session: Session, shown: Sequence[Any], wanted: JobFilter, limit: int, cursor: str | None, sort: Sort
+) -> Select[Any]:
+    """The statement for `shown` of the jobs on a page, and of one more if there is a next page."""
+    column, descending = _SORTS[sort.removeprefix("-")], sort.startswith("-")
+    order = (column.desc(), JobRow.id.desc()) if descending else (column.asc(), JobRow.id.asc())
+    query = _filtered(wanted).order_by(*order).limit(limit + 1)
+    if cursor is not None:
+        value, job_id = _parse_cursor(cursor, sort)
+        beyond = column < value if descending else column > value
+        id_beyond = JobRow.id < job_id if descending else JobRow.id > job_id
+        query = query.where(or_(beyond, and_(column == value, id_beyond)))
+    if wanted == JobFilter() and column is JobRow.created_at:
+        return query.with_only_columns(*shown)
+    # Ids first: rows are wide, and most of those that are looked at are not shown.
+    chosen = list(session.scalars(query.with_only_columns(JobRow.id)))
+    return select(*shown).where(JobRow.id.in_(chosen)).order_by(*order)
+
+
+def _next_cursor(rows: Sequence[JobRow], limit: int, sort: Sort) -> str | None:
+    """The cursor behind the last row of a page, of which `rows` holds one more if there is a next one."""
+    if len(rows) <= limit:
+        return None
+    row = rows[limit - 1]
     value = {"created": row.created_at.isoformat(), "priority": row.priority, "name": row.name}[sort.removeprefix("-")]
     return base64.urlsafe_b64encode(json.dumps([sort, value, row.id]).encode()).decode()
 

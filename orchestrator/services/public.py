@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from configs.imports import WeightOrigin
 from configs.model import network_adapter
@@ -26,52 +28,90 @@ from orchestrator.schemas import (
 )
 from orchestrator.storage.tables import AttemptRow, CheckpointRow, EventRow, JobRow
 
+
+@dataclass(frozen=True, slots=True)
+class StoredJson:
+    """Columns of JSON as they are stored, in UTF-8."""
+
+    labels: bytes
+    submitted: bytes
+    plan: bytes
+    last_metrics: bytes
+
+
+_NAMES_A_PRESET = re.compile(rb'"preset": ?"')
 _ADVICE = {reason.value: row.advice for reason, row in EXIT_REASONS.items()}
 
 
 def job_public(row: JobRow, attempts: Sequence[AttemptRow], queue: QueuePublic | None) -> JobPublic:
     """A job with its attempts (by number) and, if it waits, its place in the queue."""
-    spec = from_json(row.spec_json)
     return JobPublic(
-        id=row.id,
-        kind=row.kind,
-        name=row.name,
-        project=row.project,
+        **_values(row, attempts, queue),
         labels=row.labels,
-        priority=row.priority,
-        state=row.state,
-        desired=row.desired,
-        reason=row.reason,
-        message=row.message,
-        advice=_advice(row.reason) if row.ended_at is not None else None,
-        state_since=row.state_since,
-        allowed_actions=tuple(allowed_actions(row)),
-        progress=_progress(row, attempts),
-        queue=queue,
-        spec=spec,
-        spec_hash=row.spec_hash,
-        training_fingerprint=row.training_fingerprint,
-        preset=spec.get("preset"),
+        spec=from_json(row.spec_json),
         submitted=row.submitted,
         plan=row.plan,
-        num_attempts=row.num_attempts,
-        attempts=tuple(attempt_public(attempt) for attempt in attempts),
-        usage=Usage(
+        last_metrics=row.last_metrics,
+    )
+
+
+def job_json(row: JobRow, stored: StoredJson, attempts: Sequence[AttemptRow], queue: QueuePublic | None) -> bytes:
+    """What `job_public` says, as JSON. What lies in the database as JSON is copied as it is: it was checked when it was
+    stored, and reading, checking and writing it again takes most of the time of a list."""
+    rest = to_json(_values(row, attempts, queue), inf_nan_mode="null")
+    return b'%b,"labels":%b,"spec":%b,"submitted":%b,"plan":%b,"last_metrics":%b}' % (
+        rest[:-1],
+        stored.labels,
+        row.spec_json,
+        stored.submitted,
+        stored.plan,
+        stored.last_metrics,
+    )
+
+
+def _values(row: JobRow, attempts: Sequence[AttemptRow], queue: QueuePublic | None) -> dict[str, Any]:
+    """The fields of `JobPublic`, but for those that are stored as JSON."""
+    return {
+        "id": row.id,
+        "kind": row.kind,
+        "name": row.name,
+        "project": row.project,
+        "priority": row.priority,
+        "state": row.state,
+        "desired": row.desired,
+        "reason": row.reason,
+        "message": row.message,
+        "advice": _advice(row.reason) if row.ended_at is not None else None,
+        "state_since": row.state_since,
+        "allowed_actions": tuple(allowed_actions(row)),
+        "progress": _progress(row, attempts),
+        "queue": queue,
+        "spec_hash": row.spec_hash,
+        "training_fingerprint": row.training_fingerprint,
+        "preset": _preset(row.spec_json),
+        "num_attempts": row.num_attempts,
+        "attempts": tuple(attempt_public(attempt) for attempt in attempts),
+        "usage": Usage(
             gpu_seconds=row.gpu_seconds,
             wasted_gpu_s=row.wasted_gpu_s,
             wasted_steps=row.wasted_steps,
             overhead_s=row.overhead_s,
         ),
-        last_metrics=row.last_metrics,
-        init_from=row.init_from,
-        retry_of=row.retry_of,
-        resume_from=row.resume_from,
-        created_by=row.created_by,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        etag=etag(row),
-    )
+        "init_from": row.init_from,
+        "retry_of": row.retry_of,
+        "resume_from": row.resume_from,
+        "created_by": row.created_by,
+        "created_at": row.created_at,
+        "started_at": row.started_at,
+        "ended_at": row.ended_at,
+        "etag": etag(row),
+    }
+
+
+def _preset(spec_json: bytes) -> str | None:
+    """The preset that a stored spec names. Most name none: those are not read, only searched."""
+    preset: str | None = from_json(spec_json).get("preset") if _NAMES_A_PRESET.search(spec_json) else None
+    return preset
 
 
 def etag(row: JobRow) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from configs.states import Desired
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
 from orchestrator.control.queue_view import load_reservations, load_view, schedule_queue, store_cluster
-from orchestrator.services.jobs import JobFilter, list_jobs
+from orchestrator.services.jobs import JobFilter, list_jobs, list_jobs_json
 from orchestrator.services.places import _BEFORE, NOT_LOOKED_AT, find_places
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import JobRow
@@ -61,12 +61,13 @@ def plans_of(db: Database, work: Callable[[Session], object]) -> list[str]:
 
 def test_what_is_done_all_the_time_does_not_read_all_jobs_that_ever_were(db: Database) -> None:
     """Without statistics SQLite takes an index of trials to be the way to the jobs that are none: all but a few."""
-    newest = plans_of(db, lambda _: list_jobs(db, JobFilter(), 50, None))
-    assert newest[0] == "SCAN jobs USING INDEX ix_jobs_created"
-    for wanted in (JobFilter(states=("SUCCEEDED", "FAILED")), JobFilter(kind="pretrain", project="p", name="n")):
-        plan = plans_of(db, lambda _, wanted=wanted: list_jobs(db, wanted, 50, None))  # type: ignore[misc]
-        assert plan[0] == "SCAN jobs USING COVERING INDEX ix_jobs_created"
-        assert "USE TEMP B-TREE FOR ORDER BY" not in plan[1:2]
+    for read in (list_jobs, list_jobs_json):
+        newest = plans_of(db, lambda _, read=read: read(db, JobFilter(), 50, None))  # type: ignore[misc]
+        assert newest[0] == "SCAN jobs USING INDEX ix_jobs_created"
+        for wanted in (JobFilter(states=("SUCCEEDED", "FAILED")), JobFilter(kind="pretrain", project="p", name="n")):
+            plan = plans_of(db, lambda _, read=read, wanted=wanted: read(db, wanted, 50, None))  # type: ignore[misc]
+            assert plan[0] == "SCAN jobs USING COVERING INDEX ix_jobs_created"
+            assert "USE TEMP B-TREE FOR ORDER BY" not in plan[1:2]
     held = plans_of(db, load_reservations)
     assert held
     assert all("ix_jobs_state_priority" in step for step in held), held
