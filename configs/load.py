@@ -10,7 +10,6 @@ name starts with an underscore are only there to be inherited from.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from configs.errors import FieldError, SpecError, close_matches, field_errors, show, to_pointer, value_at
 from configs.spec import (
@@ -254,7 +254,7 @@ def parse_spec(raw: Mapping[str, Any]) -> JobSpec:
 def _validate(document: dict[str, Any]) -> JobSpec:
     """`document` against the schema, strictly: no text for numbers, no numbers for true and false."""
     try:
-        return job_spec_adapter.validate_json(json.dumps(document), strict=True)
+        return job_spec_adapter.validate_json(to_json(document), strict=True)
     except ValidationError as error:
         faults = field_errors(error, document, KINDS[document["kind"]])
     repaired = _repair_yaml_floats(document, faults)

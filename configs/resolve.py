@@ -11,6 +11,7 @@ import json
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from configs.cost import DEFAULT_GPU_GIB, GPUS, largest_micro_batch
 from configs.data import Augment, DataConfig, ImagesSource
@@ -407,7 +408,7 @@ def canonical_json(spec: JobSpec) -> bytes:
 
 def load_resolved(stored: bytes | dict[str, Any]) -> JobSpec:
     """The job that `canonical_json` wrote. Raises pydantic.ValidationError if it is none."""
-    text = stored if isinstance(stored, bytes) else json.dumps(stored)
+    text = stored if isinstance(stored, bytes) else to_json(stored)
     return job_spec_adapter.validate_json(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from configs.errors import SpecError, to_pointer
 from configs.load import parse_text
 from configs.model import without_tags
-from orchestrator.schemas import ProblemError
+from orchestrator.schemas import ProblemError, Role
 from orchestrator.services.auth import Actor, KnownTokens, check_worker_secret, require
 from orchestrator.services.problems import Invalid, field_error
 from orchestrator.services.streams import StreamLimit
@@ -48,31 +48,19 @@ _user_scheme = HTTPBearer(scheme_name="token", description="A token made with PO
 _worker_scheme = HTTPBearer(scheme_name="worker_secret", description="Drivers only.", auto_error=False)
 
 
-async def _actor(
-    request: Request,
-    services: ServicesDep,
-    _: Annotated[HTTPAuthorizationCredentials | None, Depends(_user_scheme)],
-) -> Actor:
-    header = request.headers.get("authorization")
-    known = services.tokens.find(header)
-    if known is not None:
-        return known
-    return await run_in_threadpool(services.tokens.authenticate, services.db, header, datetime.now(UTC))
+def _at_least(role: Role) -> Callable[..., Awaitable[Actor]]:
+    # One dependency, not a chain of them: FastAPI takes as long for each as we do for all of it.
+    async def actor(
+        request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_user_scheme)]
+    ) -> Actor:
+        services = await _services(request)
+        header = request.headers.get("authorization")
+        found = services.tokens.find(header)
+        if found is None:
+            found = await run_in_threadpool(services.tokens.authenticate, services.db, header, datetime.now(UTC))
+        return require(found, role)
 
-
-ActorDep = Annotated[Actor, Depends(_actor)]
-
-
-async def _viewer(actor: ActorDep) -> Actor:
-    return require(actor, "viewer")
-
-
-async def _member(actor: ActorDep) -> Actor:
-    return require(actor, "member")
-
-
-async def _admin(actor: ActorDep) -> Actor:
-    return require(actor, "admin")
+    return actor
 
 
 async def _driver(
@@ -83,9 +71,9 @@ async def _driver(
     check_worker_secret(services.settings, request.headers.get("authorization"))
 
 
-Viewer = Annotated[Actor, Depends(_viewer)]
-Member = Annotated[Actor, Depends(_member)]
-Admin = Annotated[Actor, Depends(_admin)]
+Viewer = Annotated[Actor, Depends(_at_least("viewer"))]
+Member = Annotated[Actor, Depends(_at_least("member"))]
+Admin = Annotated[Actor, Depends(_at_least("admin"))]
 DriverOnly = Depends(_driver)
 
 

@@ -80,7 +80,9 @@ def find_places(session: Session, job_ids: Collection[str], kept_s: float = KEPT
 
 def place_of_new(session: Session, row: JobRow) -> QueuePublic:
     """The place of a job that was queued just now: how many are before it. Why it waits is for the scheduler to say."""
-    before = session.scalar(_BEFORE, {"priority": row.priority, "created_at": row.created_at}) or 0
+    session.flush()
+    # Past the session, whose own part of a statement takes longer than this one does.
+    before = session.connection().scalar(_BEFORE, {"priority": row.priority, "created_at": row.created_at}) or 0
     return QueuePublic(position=before + 1, reason=None, message=NOT_LOOKED_AT)
 
 

@@ -26,7 +26,17 @@ from configs.plan import Plan, plan, plan_of_trials
 from configs.probe_cards import fill_probes, probed_sources
 from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
 from configs.search_trials import check_search, resolve_search, undecided, with_fixed_base
-from configs.spec import EvaluateJob, ExportJob, FinetuneJob, ImportJob, InspectJob, JobSpec, SearchJob, TrainingJob
+from configs.spec import (
+    EvaluateJob,
+    ExportJob,
+    FinetuneJob,
+    ImportJob,
+    InspectJob,
+    JobSpec,
+    PretrainJob,
+    SearchJob,
+    TrainingJob,
+)
 from configs.states import JobState
 from configs.wire import DatasetCard
 from orchestrator.control.transitions import enqueue
@@ -36,7 +46,7 @@ from orchestrator.services.auth import Actor
 from orchestrator.services.calibration import calibrate
 from orchestrator.services.idempotency import Answer, Key, claim, remember
 from orchestrator.services.images import missing_images
-from orchestrator.services.jobs import check_action, find_job, publish_new
+from orchestrator.services.jobs import check_action, find_job, new_job_json
 from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
@@ -117,12 +127,13 @@ def submit_job(db: Database, actor: Actor, request: Request, key: Key | None) ->
         SpecError: the description is not valid.
         KeyReused: the key was used for another request.
     """
+    rest = _begin_to_prepare(request)
     with db.session() as session:
         earlier = claim(session, key)
         if earlier is not None:
             return replayed(earlier)
-        prepared = prepare(session, request, hold=True)
-        return queue_prepared(session, actor, job_row(request, prepared), prepared, key)
+        prepared, row = rest(session)
+        return queue_prepared(session, actor, row, prepared, key)
 
 
 def queue_prepared(session: Session, actor: Actor, row: JobRow, prepared: Prepared, key: Key | None) -> Submitted:
@@ -231,6 +242,37 @@ def _last_checkpoint(session: Session, old: JobRow) -> CheckpointRow | None:
     return resolve_ref(session, old.resume_from, hold=True)
 
 
+def _begin_to_prepare(request: Request) -> Callable[[Session], tuple[Prepared, JobRow]]:
+    """Do as much of `prepare` as needs no database, all of it for most trainings: before the transaction, in which
+    SQLite's other writers would wait for it. Returns the rest, for within the transaction; only there is raised what is
+    wrong, since the answer to a repeated request goes before it."""
+
+    def finish(prepared: Prepared) -> tuple[Prepared, JobRow]:
+        return prepared, job_row(request, prepared)
+
+    def refuse(_: Session) -> tuple[Prepared, JobRow]:
+        raise fault
+
+    try:
+        spec = _parse(request, for_plan=False)
+        if _is_alone(spec):
+            # A session of no database: to ask it would be an error.
+            made = finish(_prepare(Session(), spec, hold=False))
+            return lambda _: made
+    except SpecError as error:
+        fault = error
+        return refuse
+    return lambda session: finish(_prepare(session, spec, hold=True))
+
+
+def _is_alone(spec: JobSpec) -> bool:
+    """Whether it starts from scratch and names nothing that is in the database: no job, no data set of ours."""
+    if not isinstance(spec, PretrainJob) or spec.queue.depends_on:
+        return False
+    sources = (spec.data.source, *probed_sources(spec))
+    return not any(isinstance(source, FolderSource | ImagesSource) for source in sources)
+
+
 def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:
     """Check, resolve and plan a job description against the data sets and checkpoints there are. With `hold` the
     checkpoint it starts from stays until this transaction ends.
@@ -238,7 +280,10 @@ def prepare(session: Session, request: Request, *, hold: bool) -> Prepared:
     Raises:
         SpecError: with a pointer for every fault.
     """
-    spec = _parse(request, for_plan=False)
+    return _prepare(session, _parse(request, for_plan=False), hold=hold)
+
+
+def _prepare(session: Session, spec: JobSpec, *, hold: bool) -> Prepared:
     if isinstance(spec, SearchJob):
         return _prepare_search(session, spec, hold=hold)
     spec, card, source, init_from = _look_up(session, spec, for_plan=False, hold=hold)
@@ -420,8 +465,7 @@ def insert_job(session: Session, actor: Actor, row: JobRow, key: Key | None) -> 
     """Queue a new job in this transaction, and remember the answer to the request with this key."""
     row.created_by = actor.name
     enqueue(session, row, actor=actor.name, at=datetime.now(UTC))
-    public = publish_new(session, row)
-    answer = Answer(201, public.model_dump_json().encode())
+    answer = Answer(201, new_job_json(session, row))
     remember(session, key, answer)
     return Submitted(row.id, answer, replayed=False)
 

@@ -50,7 +50,7 @@ def record_first(session: Session, job_id: str, type: str, message: str, actor: 
     """Add the event of a job that was made in this transaction: nobody else sees it, so nothing is locked. Without the
     ORM's objects, which cost more than the statement: jobs are submitted by the thousand."""
     row = {"job_id": job_id, "type": type, "message": message, "actor": actor, "data": {}, "at": at}
-    session.execute(_FIRST, row)
+    session.connection().execute(_FIRST, row)
 
 
 def lock_job(session: Session, job_id: str) -> JobRow | None:

@@ -288,6 +288,16 @@ def test_a_key_used_for_another_body_is_refused(api: TestClient, db: Database) -
     assert num_jobs(db) == 1
 
 
+@pytest.mark.db
+def test_what_a_key_was_used_for_is_said_before_what_is_wrong_with_another_body(api: TestClient, db: Database) -> None:
+    headers = {"Idempotency-Key": "once"}
+    assert api.post("/v1/jobs", json={"spec": spec_with()}, headers=headers).status_code == 201
+    for wrong in (spec_with(train__seed=-1), spec_with(train__global_batch_size=10**6)):
+        assert api.post("/v1/jobs", json={"spec": wrong}, headers=headers).status_code == 409
+        assert api.post("/v1/jobs", json={"spec": wrong}).status_code == 422
+    assert num_jobs(db) == 1
+
+
 def test_keys_belong_to_a_token_and_end_after_a_day(api: TestClient, db: Database) -> None:
     headers = {"Idempotency-Key": "once"}
     body = {"spec": spec_with()}
