@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Path, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from pydantic import BaseModel, StringConstraints, ValidationError
 from starlette.concurrency import run_in_threadpool
 
@@ -43,38 +44,47 @@ async def _services(request: Request) -> Services:
 
 ServicesDep = Annotated[Services, Depends(_services)]
 
-# The schemes are for OpenAPI; the header itself is read as it came, so that every mistake gets our own answer.
-_user_scheme = HTTPBearer(scheme_name="token", description="A token made with POST /v1/tokens.", auto_error=False)
-_worker_scheme = HTTPBearer(scheme_name="worker_secret", description="Drivers only.", auto_error=False)
+
+class _Bearer(SecurityBase):
+    """Who may call a route, and how OpenAPI says so. The header itself is read as it came, so that every mistake gets
+    our own answer. Each is one dependency, not a chain of them: FastAPI takes as long for one as we do for the look."""
+
+    def __init__(self, scheme_name: str, description: str) -> None:
+        self.scheme_name = scheme_name
+        self.model = HTTPBearer(description=description)
 
 
-def _at_least(role: Role) -> Callable[..., Awaitable[Actor]]:
-    # One dependency, not a chain of them: FastAPI takes as long for each as we do for all of it.
-    async def actor(
-        request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_user_scheme)]
-    ) -> Actor:
+class _AtLeast(_Bearer):
+    """The actor whose token the request holds, if its role is at least this one. Raises Unauthorized, Forbidden."""
+
+    def __init__(self, role: Role) -> None:
+        super().__init__("token", "A token made with POST /v1/tokens.")
+        self._role = role
+
+    async def __call__(self, request: Request) -> Actor:
         services = await _services(request)
         header = request.headers.get("authorization")
-        found = services.tokens.find(header)
-        if found is None:
-            found = await run_in_threadpool(services.tokens.authenticate, services.db, header, datetime.now(UTC))
-        return require(found, role)
-
-    return actor
+        actor = services.tokens.find(header)
+        if actor is None:
+            actor = await run_in_threadpool(services.tokens.authenticate, services.db, header, datetime.now(UTC))
+        return require(actor, self._role)
 
 
-async def _driver(
-    request: Request,
-    services: ServicesDep,
-    _: Annotated[HTTPAuthorizationCredentials | None, Depends(_worker_scheme)],
-) -> None:
-    check_worker_secret(services.settings, request.headers.get("authorization"))
+class _Driver(_Bearer):
+    """Lets drivers in. Raises Unauthorized."""
+
+    def __init__(self) -> None:
+        super().__init__("worker_secret", "Drivers only.")
+
+    async def __call__(self, request: Request) -> None:
+        services = await _services(request)
+        check_worker_secret(services.settings, request.headers.get("authorization"))
 
 
-Viewer = Annotated[Actor, Depends(_at_least("viewer"))]
-Member = Annotated[Actor, Depends(_at_least("member"))]
-Admin = Annotated[Actor, Depends(_at_least("admin"))]
-DriverOnly = Depends(_driver)
+Viewer = Annotated[Actor, Depends(_AtLeast("viewer"))]
+Member = Annotated[Actor, Depends(_AtLeast("member"))]
+Admin = Annotated[Actor, Depends(_AtLeast("admin"))]
+DriverOnly = Depends(_Driver())
 
 
 async def _raw_body(request: Request) -> bytes:

@@ -54,6 +54,8 @@ from orchestrator.storage.registry import resolve_ref
 from orchestrator.storage.tables import CheckpointRow, DatasetRow, JobRow, SearchRow
 
 _Found = TypeVar("_Found")
+_NO_DATABASE = Session()
+"""Nothing may be asked of it: it would raise."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,7 @@ def _begin_to_prepare(request: Request) -> Callable[[Session], tuple[Prepared, J
     try:
         spec = _parse(request, for_plan=False)
         if _is_alone(spec):
-            # A session of no database: to ask it would be an error.
-            made = finish(_prepare(Session(), spec, hold=False))
+            made = finish(_prepare(_NO_DATABASE, spec, hold=False))
             return lambda _: made
     except SpecError as error:
         fault = error
