@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     data_root: Path | None = Field(None, description="Where image folders lie, as the workers see it.")
     host: str = "127.0.0.1"
     port: int = 8400
+    processes: Annotated[int, Field(ge=1, le=256)] = Field(
+        1, description="API processes that share the port; more than one only without the dashboard."
+    )
     lease_s: float = 15.0
     poll_s: float = Field(1.0, description="Seconds between looks at a live attempt.")
     start_timeout_s: float = 180.0
@@ -64,6 +67,16 @@ class Settings(BaseSettings):
     wandb_entity: str = Field("", description="A user or team; empty: the key's own.")
     wandb_mode: Literal["online", "offline"] = "online"
     wandb_dir: Path | None = Field(None, description="Runs of wandb_mode=offline lie here, for `wandb sync`.")
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> Self:
+        if self.processes > 1 and self.dashboard:
+            raise ValueError(
+                f"processes {self.processes} does not go with dashboard true: only 1 is allowed there, since an open "
+                "page's socket belongs to one process. Set dashboard to false here, and run one more API with "
+                "processes 1 and another port to serve the dashboard"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sinks_fit(self) -> Self:

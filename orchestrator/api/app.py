@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -109,7 +110,7 @@ def create_app(settings: Settings, db: Database, store: ObjectStore, dashboard: 
     )
     app.state.services = Services(settings, db, store, StreamLimit())
     app.state.readiness = ReadinessProbe(settings, db, store)
-    app.state.exposition = exposition = Exposition(db)
+    app.state.exposition = exposition = Exposition(db, os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
     for module in _MODULES:
         app.include_router(module.router)
     app.state.dashboard = dashboard
@@ -131,6 +132,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services.streams.close()
     if app.state.dashboard is not None:
         await app.state.dashboard.close()
+    services.db.close()
 
 
 async def _to_dashboard() -> Response:

@@ -1,4 +1,5 @@
-"""What Prometheus scrapes: the service as the database has it, and this process's requests.
+"""What Prometheus scrapes: the service as the database has it, and the requests of this process, or of all that share
+its port.
 
 Numbers of the service are read at each scrape and are the same from every API process: take them with max(), not sum().
 """
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, GCCollector, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -25,19 +27,24 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Exposition:
-    """The registry of one API process."""
+    """The registry of one API process, or of several: then `multiprocess_dir` is where prometheus_client keeps what
+    each of them has counted (PROMETHEUS_MULTIPROC_DIR), and what is a process's own is left out."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, multiprocess_dir: str | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_ServiceCollector(db))
-        for part in (ProcessCollector, PlatformCollector, GCCollector):
-            part(registry=self._registry)
+        if multiprocess_dir is None:
+            for part in (ProcessCollector, PlatformCollector, GCCollector):
+                part(registry=self._registry)
+        else:
+            MultiProcessCollector(self._registry, multiprocess_dir)  # type: ignore[no-untyped-call]
         self._latency = Histogram(
             "patchwork_http_request_duration_seconds",
             "From a request to the first byte of its answer, by route.",
             ("method", "route", "status"),
             buckets=_SECONDS,
-            registry=self._registry,
+            # Of several processes the collector above tells the sum.
+            registry=self._registry if multiprocess_dir is None else None,
         )
 
     def observe(self, method: str, route: str | None, status: int, seconds: float) -> None:

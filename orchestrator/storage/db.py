@@ -23,6 +23,7 @@ from orchestrator.storage.tables import Base
 SQLITE_BUSY_TIMEOUT_S = 10
 MIGRATIONS = Path(__file__).parent / "migrations"
 _BETWEEN_TRIES_S = 0.01
+_BETWEEN_TURNS_S = 0.001
 _UPGRADE_LOCK = 0x7061746368  # any constant: two processes that start together take turns
 _MAX_BOUND_VALUES = 20_000  # SQLite allows 32,766 per statement, PostgreSQL 65,535
 
@@ -51,8 +52,8 @@ class Database:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """On SQLite, this process's writers one after the other: one that meets SQLite's own lock sleeps up to 100 ms
-        between its tries, while nobody writes. One that has waited as long as SQLite would lets SQLite decide."""
+        """On SQLite, this process's writers one after the other, woken as soon as it is their turn; those of several
+        processes ask again and again (`_begin_to_write`). One that has waited as long as SQLite would asks, too."""
         waited = self.is_sqlite and self._writing.acquire(timeout=SQLITE_BUSY_TIMEOUT_S)
         try:
             yield
@@ -146,15 +147,43 @@ def _sqlite_engine(url: str) -> Engine:
         # The driver must not begin transactions by itself: see _begin.
         connection.isolation_level = None
         _keep_a_write_ahead_log(connection)
-        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"busy_timeout={SQLITE_BUSY_TIMEOUT_S * 1000}"):
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
+        _let_wait(connection, SQLITE_BUSY_TIMEOUT_S)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        read_only = connection.get_execution_options().get("patchwork_read_only", False)
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+        if connection.get_execution_options().get("patchwork_read_only", False):
+            connection.exec_driver_sql("BEGIN")
+        else:
+            _begin_to_write(connection)
 
     return engine
+
+
+def _begin_to_write(connection: Connection) -> None:
+    """BEGIN IMMEDIATE, tried every millisecond while another process writes: SQLite itself would sleep up to 100 ms
+    from one try to the next, and most transactions take 2. Raises OperationalError after as long as SQLite would."""
+    driver: Any = connection.connection.driver_connection
+    give_up_at = time.monotonic() + SQLITE_BUSY_TIMEOUT_S
+    _let_wait(driver, 0)
+    try:
+        while time.monotonic() < give_up_at:
+            try:
+                driver.execute("BEGIN IMMEDIATE").close()
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    break
+            time.sleep(_BETWEEN_TURNS_S)
+        # Once more by SQLAlchemy, whose errors are known to all.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        _let_wait(driver, SQLITE_BUSY_TIMEOUT_S)
+
+
+def _let_wait(connection: sqlite3.Connection, seconds: int) -> None:
+    connection.execute(f"PRAGMA busy_timeout={seconds * 1000}").close()
 
 
 def _keep_a_write_ahead_log(connection: sqlite3.Connection) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(db: Database, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+def running(db: Database, directory: Path, **others: Any) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """`python -m orchestrator.api.server` on a free port: the process, its address and its log."""
     port = free_port()
     settings = {
@@ -41,6 +42,7 @@ def running(db: Database, directory: Path) -> Iterator[tuple[subprocess.Popen[by
         "s3_secret_key": CANARIES[1],
         "worker_secret": CANARIES[0],
         "port": port,
+        **others,
     }
     path = directory / "settings.json"
     path.write_text(json.dumps(settings))
