@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
 from pydantic_core import to_json
-from sqlalchemy import Select, Text, and_, func, or_, select
+from sqlalchemy import Row, Select, Text, and_, bindparam, func, or_, select
 from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -63,14 +63,28 @@ def find_job(session: Session, job_id: str) -> JobRow:
     """
     row = session.get(JobRow, job_id) if JOB_ID.match(job_id) else None
     if row is None:
-        raise NotFound(f"There is no job {job_id!r}.", hint="`patchwork list` shows the jobs there are.")
+        raise _no_job(job_id)
     return row
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"There is no job {job_id!r}.", hint="`patchwork list` shows the jobs there are.")
 
 
 def get_job(db: Database, job_id: str) -> JobPublic:
     """Raises NotFound."""
     with db.reader() as session:
         return publish(session, [find_job(session, job_id)])[0]
+
+
+def get_job_json(db: Database, job_id: str) -> tuple[bytes, str]:
+    """The JSON of what `get_job` returns, in half the time, and its ETag. Raises NotFound."""
+    with db.reader() as session:
+        rows = session.execute(_BY_ID, {"job_id": job_id}).all() if JOB_ID.match(job_id) else []
+        if not rows:
+            raise _no_job(job_id)
+        [document] = _write(session, rows)
+    return document, etag(cast(JobRow, rows[0]))
 
 
 def list_jobs(db: Database, wanted: JobFilter, limit: int, cursor: str | None, sort: Sort = "-created") -> JobPage:
@@ -99,12 +113,10 @@ def list_jobs_json(
         Invalid: as `list_jobs`.
     """
     with db.reader() as session:
-        found = session.execute(_page(session, [*_SHOWN, *_STORED], wanted, limit, cursor, sort)).all()
-        # Rows of some columns answer to the same names as a JobRow; for its JSON nobody but `_stored` asks them.
-        rows = cast(Sequence[JobRow], found)
-        attempts, places = _attempts_and_places(session, rows[:limit])
-    items = [job_json(row, _stored(row), attempts.get(row.id, ()), places.get(row.id)) for row in rows[:limit]]
-    rest = to_json({"next_cursor": _next_cursor(rows, limit, sort), "num_matching": num_matching})
+        rows = session.execute(_page(session, _WRITTEN, wanted, limit, cursor, sort)).all()
+        items = _write(session, rows[:limit])
+    next_cursor = _next_cursor(cast(Sequence[JobRow], rows), limit, sort)
+    rest = to_json({"next_cursor": next_cursor, "num_matching": num_matching})
     return b'{"items":[%b],%b' % (b",".join(items), rest[1:])
 
 
@@ -197,7 +209,16 @@ _SHOWN = [
     for column in JobRow.__table__.columns
     if column.key not in {*_INSIDE, *_AS_STORED} and not column.key.startswith("lease_")
 ]
-_STORED = [cast_to(getattr(JobRow, name), Text).label(f"{name}_json") for name in _AS_STORED]
+_WRITTEN = [*_SHOWN, *(cast_to(getattr(JobRow, name), Text).label(f"{name}_json") for name in _AS_STORED)]
+_BY_ID = select(*_WRITTEN).where(JobRow.id == bindparam("job_id"))
+
+
+def _write(session: Session, found: Sequence[Row[Any]]) -> list[bytes]:
+    """The JSON of the public models of rows of `_WRITTEN`."""
+    # They answer to the same names as a JobRow; for its JSON nobody but `_stored` asks them.
+    rows = cast(Sequence[JobRow], found)
+    attempts, places = _attempts_and_places(session, rows)
+    return [job_json(row, _stored(row), attempts.get(row.id, ()), places.get(row.id)) for row in rows]
 
 
 def _stored(row: Any) -> StoredJson:

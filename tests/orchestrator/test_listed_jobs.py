@@ -14,7 +14,7 @@ from configs.states import AttemptState, Desired, JobState
 from configs.wire import Heartbeat, RankFailure
 from orchestrator.schemas import JobPage
 from orchestrator.services.auth import Actor
-from orchestrator.services.jobs import JobFilter, list_jobs, list_jobs_json
+from orchestrator.services.jobs import JobFilter, get_job, get_job_json, list_jobs, list_jobs_json
 from orchestrator.services.submission import queue_import
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import JobRow
@@ -101,6 +101,14 @@ def test_a_page_says_what_the_models_say(db: Database, jobs: dict[str, str], sor
     assert [job.preset for job in list_jobs(db, JobFilter(search=jobs["search"]), 50, None).items] == [PRESET]
     assert everything[jobs["running"]].progress.eta_s is not None
     assert everything[jobs["failed"]].attempts[0].first_failure is not None
+
+
+def test_a_job_says_what_the_model_says(api: TestClient, db: Database, jobs: dict[str, str]) -> None:
+    for job_id in jobs.values():
+        model = get_job(db, job_id)
+        document, etag = get_job_json(db, job_id)
+        assert json.loads(document) == json.loads(model.model_dump_json())
+        assert etag == model.etag == api.get(f"/v1/jobs/{job_id}").headers["ETag"]
 
 
 def test_pages_follow_each_other(api: TestClient, jobs: dict[str, str]) -> None:
