@@ -78,7 +78,7 @@ def get_job(db: Database, job_id: str) -> JobPublic:
 
 
 def get_job_json(db: Database, job_id: str) -> tuple[bytes, str]:
-    """The JSON of what `get_job` returns, in half the time, and its ETag. Raises NotFound."""
+    """The JSON of what `get_job` returns, and its ETag. Raises NotFound."""
     with db.reader() as session:
         rows = session.execute(_BY_ID, {"job_id": job_id}).all() if JOB_ID.match(job_id) else []
         if not rows:
@@ -107,7 +107,7 @@ def list_jobs_json(
     sort: Sort = "-created",
     num_matching: int | None = None,
 ) -> bytes:
-    """The JSON of what `list_jobs` returns, with `num_matching` in it, in half the time.
+    """The JSON of what `list_jobs` returns, with `num_matching` in it, in about half the time.
 
     Raises:
         Invalid: as `list_jobs`.

@@ -16,10 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import func, select
 
 from orchestrator.services.tokens import ensure_admin_token
-from orchestrator.storage.db import Database
-from orchestrator.storage.tables import JobRow
+from orchestrator.storage.db import Database, is_unavailable
+from orchestrator.storage.tables import ClusterRow, JobRow
 from tests.orchestrator.conftest import ADMIN_TOKEN
-from tests.orchestrator.rows import spec_with
+from tests.orchestrator.rows import T0, spec_with
 from tests.orchestrator.test_api_process import running, wait_until_up
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
@@ -141,3 +141,31 @@ def test_many_clients_create_through_several_processes_and_are_counted_together(
         ]
         assert counted == [120.0]
         assert "patchwork_jobs" in families
+
+
+def test_writers_of_two_processes_take_turns_on_sqlite(database_url: str) -> None:
+    """Each `Database` knows of its own writers only, as a process does."""
+    ours, theirs = Database(database_url), Database(database_url)
+
+    def write() -> None:
+        with theirs.session() as session:
+            session.add(ClusterRow(id=1, seen_at=T0, message="second"))
+
+    with ThreadPoolExecutor(1) as pool:
+        with ours.session() as session:
+            session.connection()
+            waiting = pool.submit(write)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+        waiting.result(20)
+        with ours.session() as session:
+            session.connection()
+            refused = pool.submit(write)
+            # It waits as long as SQLite would, and then says so in a way that callers know.
+            error = refused.exception(60)
+        assert error is not None
+        assert is_unavailable(error)
+    with theirs.session() as session:
+        session.get_one(ClusterRow, 1).message = "third"
+    for database in (ours, theirs):
+        database.close()
