@@ -9,14 +9,13 @@ name starts with an underscore are only there to be inherited from.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
@@ -60,6 +59,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "search": SearchJob,
 }
 
+_Value = TypeVar("_Value")
 MAX_OVERRIDES = 200
 UNDECIDED = "ckpt_undecided"
 """Stands for a checkpoint that is not chosen yet, in plans."""
@@ -75,13 +75,13 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     """
     if len(overrides) > MAX_OVERRIDES:
         raise SpecError.at("", f"{len(overrides)} overrides: at most {MAX_OVERRIDES} are taken, write a file instead")
-    result = copy.deepcopy(dict(raw))
+    result = _copied(dict(raw))
     for dotted, given in overrides.items():
         parts = dotted.split(".")
         if not all(parts) or len(parts) > MAX_DEPTH:
             raise SpecError.at("", f"override {show(dotted)}: expected field names joined by dots, such as optim.lr")
         try:
-            value = parse_value(given) if isinstance(given, str) else copy.deepcopy(given)
+            value = parse_value(given) if isinstance(given, str) else _copied(given)
         except SpecError as error:
             raise SpecError.at(to_pointer(parts), f"override {dotted!r}: {error.errors[0].message}", given) from None
         change: dict[str, Any] = {}
@@ -127,8 +127,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     its five sizes, stem and resnet, another source type drops the old source.
     """
     if "type" in over and "type" in base and over["type"] != base["type"]:
-        return copy.deepcopy(dict(over))
-    result = copy.deepcopy(dict(base))
+        return _copied(dict(over))
+    result = _copied(dict(base))
     for group in _ALTERNATIVES:
         if any(over.get(field) is not None for field in group):
             for field in group:
@@ -139,7 +139,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         current = result.get(key)
         both = isinstance(current, dict) and isinstance(value, dict)
-        result[key] = merge(current, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
+        result[key] = merge(current, value) if both else _copied(value)  # type: ignore[arg-type]
     return result
 
 
@@ -180,7 +180,7 @@ def load_preset(name: str) -> PresetInfo:
         hint = close_matches(name, public) or " See `patchwork presets`."
         raise SpecError.at("/preset", f"unknown preset {name!r}.{hint}", name, ", ".join(sorted(public)))
     title, header, raw = _read_preset(name)
-    return PresetInfo(name=name, kind=raw["kind"], title=title, **header, spec=copy.deepcopy(raw))
+    return PresetInfo(name=name, kind=raw["kind"], title=title, **header, spec=_copied(raw))
 
 
 @cache
@@ -288,7 +288,7 @@ def with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = raw.get("preset")
     if name is None:
-        return copy.deepcopy(dict(raw))
+        return _copied(dict(raw))
     if not isinstance(name, str):
         raise SpecError.at("/preset", f"{show(name)} is not allowed: expected text", name, "text")
     preset = load_preset(name)
@@ -298,6 +298,16 @@ def with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
             "/kind", f"kind {show(kind)} contradicts preset {name!r}, a {preset.kind} job", kind, preset.kind
         )
     return merge(preset.spec, raw)
+
+
+def _copied(value: _Value) -> _Value:
+    """A copy of the mappings and lists of a document; what they hold is never changed."""
+    made: Any = value
+    if isinstance(value, dict):
+        made = {key: _copied(child) for key, child in value.items()}
+    elif isinstance(value, list):
+        made = [_copied(child) for child in value]
+    return made  # type: ignore[no-any-return]
 
 
 def _plain_numbers(value: Any) -> Any:
@@ -321,7 +331,7 @@ def _repair_yaml_floats(document: dict[str, Any], faults: Iterable[FieldError]) 
     for fault in faults:
         text = fault.value
         if isinstance(text, str) and "number" in (fault.allowed or "") and _YAML_1_1_GAP.match(text):
-            repaired = copy.deepcopy(document) if repaired is None else repaired
+            repaired = _copied(document) if repaired is None else repaired
             _put(repaired, fault.pointer, _plain_numbers(float(text)))
     return repaired
 

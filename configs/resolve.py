@@ -400,6 +400,9 @@ def _fill_evaluation_data(data: DataConfig, source: SourceCheckpoint, faults: li
     return filled
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 # -- identity ----------------------------------------------------------------------------------------------------------
 def canonical_json(spec: JobSpec) -> bytes:
     """The one spelling of a resolved job that is stored and hashed."""
@@ -417,6 +420,22 @@ def spec_hash(stored: bytes) -> str:
     return "sha256:" + hashlib.sha256(stored).hexdigest()
 
 
+_TRAINING = {
+    "model",
+    "data",
+    "optim",
+    "schedule",
+    "train",
+    "init_from",
+    "keep_head",
+    "image_size",
+    "precision",
+    "format",
+    "file",
+    "preprocess",
+    "config",
+    "weights",
+}
 # Settings that change how a job runs but not what it computes.
 _NOT_TRAINING = {
     "train": {"log_every_steps", "max_nonfinite_steps"},
@@ -429,24 +448,9 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
 
     Not in it: names, queue, retries, workers, ZeRO stage, checkpoint and evaluation cadence.
     """
-    document = spec.model_dump(mode="json")
+    document = spec.model_dump(mode="json", include=_TRAINING)
     kept: dict[str, Any] = {"kind": spec.kind, "data_fingerprint": data_fingerprint}
-    for part in (
-        "model",
-        "data",
-        "optim",
-        "schedule",
-        "train",
-        "init_from",
-        "keep_head",
-        "image_size",
-        "precision",
-        "format",
-        "file",
-        "preprocess",
-        "config",
-        "weights",
-    ):
+    for part in _TRAINING:
         value = document.get(part)
         if isinstance(value, dict):
             value = {field: v for field, v in value.items() if field not in _NOT_TRAINING.get(part, ())}
@@ -455,5 +459,4 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
 
 
 def _canonical(document: dict[str, Any]) -> bytes:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    return _ENCODER.encode(document).encode()

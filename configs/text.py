@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from configs.errors import FieldError, Path, SpecError, to_pointer
+from configs.errors import FieldError, SpecError, to_pointer
 
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 32
@@ -159,39 +159,57 @@ def check_tree(value: object) -> None:
         SpecError: with the pointer of each fault.
     """
     errors: list[FieldError] = []
-    todo: list[tuple[Path, object]] = [((), value)]
+    root: _Place = (None, "", 0)
+    todo: list[tuple[_Place, object]] = [(root, value)]
     count = 0
     while todo:
-        path, here = todo.pop()
+        place, here = todo.pop()
         count += 1
-        if len(path) > MAX_DEPTH:
+        depth = place[2]
+        if depth > MAX_DEPTH:
             raise SpecError.at("", f"nested deeper than {MAX_DEPTH} levels")
         if count > MAX_VALUES:
             raise SpecError.at("", f"more than {MAX_VALUES} values")
-        if isinstance(here, dict):
+        if isinstance(here, str):
+            if not _is_utf8(here):
+                errors.append(FieldError(_pointer(place), "not valid Unicode text"))
+        elif isinstance(here, dict):
             for key, child in here.items():
                 if not isinstance(key, str):
-                    raise SpecError.at(to_pointer(path), f"keys must be text, got {key!r}")
+                    raise SpecError.at(_pointer(place), f"keys must be text, got {key!r}")
                 if not _is_utf8(key):
-                    raise SpecError.at(to_pointer(path), "a key is not valid Unicode")
-                todo.append(((*path, key), child))
+                    raise SpecError.at(_pointer(place), "a key is not valid Unicode")
+                todo.append(((place, key, depth + 1), child))
         elif isinstance(here, (list, tuple)):
-            todo.extend(((*path, i), child) for i, child in enumerate(here))
+            todo.extend(((place, i, depth + 1), child) for i, child in enumerate(here))
         elif isinstance(here, float) and not math.isfinite(here):
             errors.append(
                 FieldError(
-                    to_pointer(path), f"{here} is not allowed: expected a finite number", str(here), "a finite number"
+                    _pointer(place), f"{here} is not allowed: expected a finite number", str(here), "a finite number"
                 )
             )
-        elif isinstance(here, str) and not _is_utf8(here):
-            errors.append(FieldError(to_pointer(path), "not valid Unicode text"))
-        elif here is not None and not isinstance(here, (bool, int, float, str)):
-            errors.append(FieldError(to_pointer(path), f"a {type(here).__name__} cannot be a value"))
+        elif here is not None and not isinstance(here, (bool, int, float)):
+            errors.append(FieldError(_pointer(place), f"a {type(here).__name__} cannot be a value"))
     if errors:
         raise SpecError(errors)
 
 
+_Place = tuple["_Place | None", str | int, int]
+"""Where a value lies: in what, by which key, how deep. A path is made of it only where something is wrong."""
+
+
+def _pointer(place: _Place) -> str:
+    path: list[str | int] = []
+    above, key, _ = place
+    while above is not None:
+        path.append(key)
+        above, key, _ = above
+    return to_pointer(path[::-1])
+
+
 def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -12,10 +12,12 @@ import tempfile
 import threading
 from contextlib import closing
 from types import FrameType
+from typing import Any
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from pydantic_core import to_json
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
@@ -140,15 +142,22 @@ def _config(app: FastAPI | str, settings: Settings) -> uvicorn.Config:
 
 
 def configure_logs() -> None:
-    """JSON lines on stderr, ours and those of libraries."""
+    """JSON lines on stderr, ours and those of libraries. Ours go past the standard library's logging, which took a
+    sixteenth of the time of a submission for the one line of its request."""
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="t"),
     ]
+    rendered: list[structlog.types.Processor] = [
+        structlog.processors.format_exc_info,
+        structlog.processors.EventRenamer("msg"),
+        structlog.processors.JSONRenderer(serializer=_to_json),
+    ]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        processors=[*shared, *rendered],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
@@ -157,15 +166,17 @@ def configure_logs() -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
-                structlog.processors.EventRenamer("msg"),
-                structlog.processors.JSONRenderer(default=str),
+                *rendered,
             ],
         )
     )
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+
+
+def _to_json(event: Any, **_: object) -> str:
+    return to_json(event, fallback=str).decode()
 
 
 if __name__ == "__main__":
