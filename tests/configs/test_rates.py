@@ -133,7 +133,7 @@ def test_a_measured_rate_takes_the_place_of_the_assumption() -> None:
     assert (found.measured_jobs, found.error_band_pct) == (3, 15)
     notes = " ".join(found.notes)
     assert "3 finished jobs with this model" in notes
-    assert "never measured" not in notes
+    assert "on one H200 only" not in notes
     assert "assume" not in notes
     # Twice as many workers, twice the rate, as long as the loaders keep up.
     assert paper("H100:16", Calibration(runs)).images_per_s == pytest.approx(16_000)
