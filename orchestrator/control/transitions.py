@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from sqlalchemy import ScalarSelect
 from sqlalchemy.orm import Session
 
 from configs.states import Desired, JobState
@@ -95,17 +96,21 @@ def successors(state: JobState) -> frozenset[JobState]:
     return frozenset(to for (origin, _), to in TRANSITIONS.items() if origin is state)
 
 
-def enqueue(session: Session, job: JobRow, *, actor: str, at: datetime | None = None) -> JobRow:
-    """Add a new job to this transaction: QUEUED, with its event. Returns the row, flushed."""
+def enqueue(
+    session: Session, job: JobRow, *, actor: str, at: datetime | None = None, asked: ScalarSelect[Any] | None = None
+) -> Any:
+    """Add a new job to this transaction: QUEUED, with its event. The row is flushed. Returns what is `asked` of the
+    database about a job of `own_priority` and `own_created_at`, before this one is there."""
     at = at or datetime.now(UTC)
     job.state = JobState.QUEUED
     job.desired = Desired.RUN
     job.state_since = at
     job.created_at = job.created_at or at
-    insert_row(session, job)
+    own = {} if asked is None else {"own_priority": job.priority, "own_created_at": job.created_at}
+    answer = insert_row(session, job, asked, **own)
     message = f"{job.kind} job {job.name!r} was submitted"
     record_first(session, job.id, "job.queued", message, actor, at)
-    return job
+    return answer
 
 
 def transition(

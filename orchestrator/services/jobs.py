@@ -183,10 +183,10 @@ def publish(session: Session, rows: Sequence[JobRow]) -> list[JobPublic]:
     return [job_public(row, attempts.get(row.id, ()), places.get(row.id)) for row in rows]
 
 
-def new_job_json(session: Session, row: JobRow) -> bytes:
-    """The JSON of the public model of a job that was queued in this transaction."""
+def new_job_json(row: JobRow, num_before: int) -> bytes:
+    """The JSON of the public model of a job that was queued just now, so many before it."""
     stored = StoredJson(to_json(row.labels), to_json(row.submitted), to_json(row.plan), to_json(row.last_metrics))
-    return job_json(row, stored, (), place_of_new(session, row))
+    return job_json(row, stored, (), place_of_new(num_before))
 
 
 def _attempts_and_places(

@@ -41,8 +41,8 @@ _QUEUE = select(
     func.count(), func.sum(JobRow.version), func.count(JobRow.start_workers), func.max(JobRow.created_at)
 ).where(JobRow.state == JobState.QUEUED, JobRow.search_id.is_(None))
 _CLUSTER = select(ClusterRow.seen_at, ClusterRow.reachable)
-_PRIORITY = bindparam("priority", type_=JobRow.priority.type)
-_CREATED_AT = bindparam("created_at", type_=JobRow.created_at.type)
+_PRIORITY = bindparam("own_priority", type_=JobRow.priority.type)
+_CREATED_AT = bindparam("own_created_at", type_=JobRow.created_at.type)
 # Those of the same priority are counted in the index ix_jobs_waiting alone, however wide the rows are: that it holds
 # all of them the databases know from literals, not from bound values.
 _WAITING = select(func.count()).where(
@@ -51,10 +51,11 @@ _WAITING = select(func.count()).where(
     JobRow.desired == literal_column(f"'{Desired.RUN}'"),
     JobRow.search_id.is_(None),
 )
-_BEFORE = select(
+BEFORE = select(
     _WAITING.where(JobRow.priority > _PRIORITY).scalar_subquery()
     + _WAITING.where(JobRow.priority == _PRIORITY, JobRow.created_at < _CREATED_AT).scalar_subquery()
-)
+).scalar_subquery()
+"""How many jobs wait before one of `own_priority` that was created at `own_created_at`."""
 
 
 def waits(row: JobRow) -> bool:
@@ -78,12 +79,9 @@ def find_places(session: Session, job_ids: Collection[str], kept_s: float = KEPT
     return {job_id: kept.places[job_id] for job_id in job_ids if job_id in kept.places}
 
 
-def place_of_new(session: Session, row: JobRow) -> QueuePublic:
-    """The place of a job that was queued just now: how many are before it. Why it waits is for the scheduler to say."""
-    session.flush()
-    # Past the session, whose own part of a statement takes longer than this one does.
-    before = session.connection().scalar(_BEFORE, {"priority": row.priority, "created_at": row.created_at}) or 0
-    return QueuePublic(position=before + 1, reason=None, message=NOT_LOOKED_AT)
+def place_of_new(num_before: int) -> QueuePublic:
+    """The place of a job that was queued just now, so many before it. Why it waits is for the scheduler to say."""
+    return QueuePublic(position=num_before + 1, reason=None, message=NOT_LOOKED_AT)
 
 
 def _fingerprint(session: Session) -> tuple[Any, ...]:

@@ -47,6 +47,7 @@ from orchestrator.services.calibration import calibrate
 from orchestrator.services.idempotency import Answer, Key, claim, remember
 from orchestrator.services.images import missing_images
 from orchestrator.services.jobs import check_action, find_job, new_job_json
+from orchestrator.services.places import BEFORE
 from orchestrator.services.sources import find_source
 from orchestrator.storage.db import Database
 from orchestrator.storage.events import lock_job, record
@@ -465,8 +466,8 @@ def copy_job(old: JobRow, checkpoint: CheckpointRow | None) -> JobRow:
 def insert_job(session: Session, actor: Actor, row: JobRow, key: Key | None) -> Submitted:
     """Queue a new job in this transaction, and remember the answer to the request with this key."""
     row.created_by = actor.name
-    enqueue(session, row, actor=actor.name, at=datetime.now(UTC))
-    answer = Answer(201, new_job_json(session, row))
+    num_before: int = enqueue(session, row, actor=actor.name, at=datetime.now(UTC), asked=BEFORE)
+    answer = Answer(201, new_job_json(row, num_before))
     remember(session, key, answer)
     return Submitted(row.id, answer, replayed=False)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import event
+from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 
 from configs.states import Desired
 from orchestrator.control.launcher import ClusterStatus, NodeInfo
 from orchestrator.control.queue_view import load_reservations, load_view, schedule_queue, store_cluster
 from orchestrator.services.jobs import JobFilter, list_jobs, list_jobs_json
-from orchestrator.services.places import _BEFORE, NOT_LOOKED_AT, find_places
+from orchestrator.services.places import BEFORE, NOT_LOOKED_AT, find_places
 from orchestrator.storage.db import Database
 from orchestrator.storage.tables import JobRow
 from tests.orchestrator.rows import submit
@@ -37,7 +37,7 @@ def test_a_new_job_knows_how_many_are_before_it(api: TestClient) -> None:
 
 
 def test_who_is_before_a_new_job_is_counted_without_reading_rows(db: Database) -> None:
-    statement = str(_BEFORE.compile(dialect=db.engine.dialect))
+    statement = str(select(BEFORE).compile(dialect=db.engine.dialect))
     with db.engine.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", (50, 50, "2026-01-01")).all()
     assert any("COVERING INDEX ix_jobs_waiting (priority=? AND created_at<?)" in step[3] for step in plan), plan
