@@ -85,9 +85,10 @@ def test_the_process_serves_and_ends_with_a_stream_open(db: Database, tmp_path: 
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(30) == 0
         text = log.read_text()
-    for line in text.splitlines():
-        assert {"msg", "level", "t"} <= set(json.loads(line)), line
-    assert '"path": "/v1/jobs"' in text
+    logged = [json.loads(line) for line in text.splitlines()]
+    assert all({"msg", "level", "t"} <= set(line) for line in logged), text
+    requests = [(line["method"], line["path"], line["status"]) for line in logged if line["msg"] == "request"]
+    assert {("POST", "/v1/jobs", 201), ("GET", "/v1/jobs", 422)} <= set(requests)
     assert "Traceback" not in text
     for secret in (*CANARIES, token, "canary-in-the-query"):
         assert secret not in text
