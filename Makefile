@@ -19,7 +19,7 @@ pictures: env  ## draw the pictures of docs/pictures.md: of the demo's model (th
 	@$(PYTHON) -m orchestrator.cli.main gallery $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(ARGS)
 
 test: debian env  ## the tests, for example make test ARGS='tests/vit -x'
-	$(PYTHON) -m pytest $(ARGS)
+	@infra/test.sh $(PYTHON) $(ARGS)
 
 debian:  ## what the tests need of Debian, where it is missing (as root, or by sudo)
 	@infra/debian.sh
