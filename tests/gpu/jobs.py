@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,11 @@ import torch
 from configs.cost import GPUS
 from orchestrator.cli.demo import FINETUNE, PRETRAIN
 from orchestrator.client import Client
-from orchestrator.embedded.data_dir import DataDir
-from orchestrator.embedded.stack import Stack
 from orchestrator.fetch import fetch
 from orchestrator.schemas import JobPublic
 from tests.gpu.processes import say
-from tests.stack.jobs import fashion_mnist_folder, finished, series, until
+from tests.stack.jobs import finished, series, until
+from tests.stack.running import running_stack
 
 WANTED_TOP1 = 0.86
 """Of the small ViT on Fashion-MNIST, as `make demo` asks for; on a CPU this goes the way and no more, cut short."""
@@ -36,7 +32,7 @@ SAME_TOP1 = 0.002
 def check_jobs(world_size: int, device: str) -> dict[str, Any]:
     """Jobs as users submit them, on a stack of its own."""
     seconds: dict[str, float] = {}
-    with _stack(max(8, os.cpu_count() or 8), seconds) as client:
+    with running_stack(max(8, os.cpu_count() or 8)) as (stack, _), Client(stack.url, stack.token) as client:
         return run_jobs(client, world_size, device, seconds)
 
 
@@ -89,27 +85,6 @@ def _rates(client: Client, job: JobPublic) -> dict[str, float]:
         if values:
             found[name] = statistics.median(values)
     return found
-
-
-@contextmanager
-def _stack(num_cpus: int, seconds: dict[str, float]) -> Iterator[Client]:
-    folder = Path(tempfile.mkdtemp(prefix="pw-gpu-"))
-    (folder / "data-root").mkdir()
-    (folder / "data-root" / "fashion-mnist").symlink_to(fashion_mnist_folder())
-    stack = Stack(DataDir(folder / "stack"), port=0, num_cpus=num_cpus, data_root=folder / "data-root")
-    stop = threading.Event()
-    watcher = threading.Thread(target=stack.watch, args=(lambda _: None, stop))
-    try:
-        _timed(seconds, "start the stack", stack.start)
-        watcher.start()
-        with Client(stack.url, stack.token) as client:
-            yield client
-    finally:
-        stop.set()
-        if watcher.is_alive():
-            watcher.join()
-        stack.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _timed(seconds: dict[str, float], name: str, action: Callable[[], Any]) -> Any:
