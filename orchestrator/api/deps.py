@@ -36,10 +36,15 @@ class Services:
     tokens: KnownTokens = field(default_factory=KnownTokens)
 
 
-# What needs no database is async: a plain function would be sent to a thread and back, which takes longer than it does.
-async def _services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
+    """The services that `create_app` was given."""
     services: Services = request.app.state.services
     return services
+
+
+# What needs no database is async: a plain function would be sent to a thread and back, which takes longer than it does.
+async def _services(request: Request) -> Services:
+    return services_of(request)
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
@@ -62,7 +67,7 @@ class _AtLeast(_Bearer):
         self._role = role
 
     async def __call__(self, request: Request) -> Actor:
-        services = await _services(request)
+        services = services_of(request)
         header = request.headers.get("authorization")
         actor = services.tokens.find(header)
         if actor is None:
@@ -77,7 +82,7 @@ class _Driver(_Bearer):
         super().__init__("worker_secret", "Drivers only.")
 
     async def __call__(self, request: Request) -> None:
-        services = await _services(request)
+        services = services_of(request)
         check_worker_secret(services.settings, request.headers.get("authorization"))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
 
 from configs.plan import Plan
 from configs.states import JobState
@@ -17,14 +18,17 @@ from orchestrator.api.deps import (
     Member,
     PrintableText,
     RawBody,
+    Services,
     ServicesDep,
     Viewer,
     body_schema,
     json_body,
+    services_of,
 )
 from orchestrator.api.examples import EDIT, EXPORT, FINETUNE, FORK, INSPECT, PRETRAIN
 from orchestrator.schemas import JobCreate, JobEdit, JobFork, JobPage, JobPreview, JobPublic, PlanCreate
 from orchestrator.services import edits, forks, jobs, submission
+from orchestrator.services.auth import Actor
 from orchestrator.services.idempotency import key_for
 from orchestrator.services.problems import declares
 
@@ -54,16 +58,21 @@ def is_yaml(request: Request) -> bool:
         **declares(401, 403, 409, 413, 422, 503),
     },
 )
-def create_job(
+async def create_job(
     request: Request,
-    services: ServicesDep,
     actor: Member,
-    body: RawBody,
     idempotency_key: IdempotencyKey = None,
     dry_run: Annotated[bool, Query(description="Check and plan only.")] = False,
 ) -> Response:
     """Submit a job. Everything wrong with it is said at once; nothing is stored of it then."""
-    yaml = is_yaml(request)
+    # Jobs come by the thousand: as dependencies, services and body would take as long as the whole plan.
+    body, services = await request.body(), services_of(request)
+    return await run_in_threadpool(_create_job, services, actor, body, is_yaml(request), idempotency_key, dry_run)
+
+
+def _create_job(
+    services: Services, actor: Actor, body: bytes, yaml: bool, idempotency_key: str | None, dry_run: bool
+) -> Response:
     parsed = submission.parse_request(body, is_yaml=yaml)
     if dry_run:
         return JSONResponse(submission.preview_job(services.db, parsed).model_dump(mode="json"))

@@ -22,6 +22,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from orchestrator.api.app import create_app
+from orchestrator.api.http import BoundedHttp
 from orchestrator.dashboard import mount
 from orchestrator.settings import Settings, load_settings
 from orchestrator.storage.db import Database
@@ -125,9 +126,7 @@ def _config(app: FastAPI | str, settings: Settings) -> uvicorn.Config:
         workers=settings.processes,
         host=settings.host,
         port=settings.port,
-        # h11 bounds the size of a request's head; httptools does not.
-        http="h11",
-        h11_max_incomplete_event_size=64 * 1024,
+        http=BoundedHttp,
         limit_concurrency=1000,
         backlog=256,
         timeout_keep_alive=30,

@@ -1,7 +1,8 @@
 """Places in the queue: what the scheduler would decide on what it can see now, shared by all who ask meanwhile.
 
 Deciding takes time in proportion to the jobs that wait; so the decisions are kept while the queue is the same (the same
-jobs, none of them changed), for a second at most, since what runs and the cluster change too.
+jobs, none of them changed), for a second at most, since what runs and the cluster change too. To see that the queue is
+the same takes such time, too, and is done only where anything at all has happened: what changes a job is in the events.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +21,7 @@ from configs.states import Desired, JobState
 from orchestrator.control.queue_view import load_view
 from orchestrator.control.scheduling import Start, Wait, schedule
 from orchestrator.schemas import QueuePublic
-from orchestrator.storage.tables import ClusterRow, JobRow
+from orchestrator.storage.tables import ClusterRow, EventRow, JobRow
 
 KEPT_S = 1.0
 NOT_LOOKED_AT = "The scheduler has not looked at it yet."
@@ -28,6 +29,7 @@ NOT_LOOKED_AT = "The scheduler has not looked at it yet."
 
 @dataclass(frozen=True)
 class _Kept:
+    newest: tuple[Any, ...]
     queue: tuple[Any, ...]
     at: float
     places: dict[str, QueuePublic]
@@ -40,7 +42,12 @@ _deciding = threading.Lock()
 _QUEUE = select(
     func.count(), func.sum(JobRow.version), func.count(JobRow.start_workers), func.max(JobRow.created_at)
 ).where(JobRow.state == JobState.QUEUED, JobRow.search_id.is_(None))
-_CLUSTER = select(ClusterRow.seen_at, ClusterRow.reachable)
+_NEWEST = select(
+    select(func.max(EventRow.seq)).scalar_subquery(),
+    select(ClusterRow.seen_at).where(ClusterRow.id == 1).scalar_subquery(),
+    select(ClusterRow.reachable).where(ClusterRow.id == 1).scalar_subquery(),
+)
+"""Changes with every event, among them every change of a job that waits, and with every look at the cluster."""
 _PRIORITY = bindparam("own_priority", type_=JobRow.priority.type)
 _CREATED_AT = bindparam("own_created_at", type_=JobRow.created_at.type)
 # Those of the same priority are counted in the index ix_jobs_waiting alone, however wide the rows are: that it holds
@@ -69,25 +76,26 @@ def find_places(session: Session, job_ids: Collection[str], kept_s: float = KEPT
     """The places of those of these jobs that wait, decided anew or within the last `kept_s` seconds."""
     if not job_ids:
         return {}
-    database, queue = str(session.connection().engine.url), _fingerprint(session)
+    database = str(session.connection().engine.url)
+    newest = tuple(session.execute(_NEWEST).one())
     with _deciding:
         kept = _kept.get(database)
-        if kept is None or kept.queue != queue or time.monotonic() - kept.at > kept_s:
-            decisions = schedule(load_view(session, datetime.now(UTC)))
-            places = {decision.job_id: _place(decision) for decision in decisions}
-            kept = _kept[database] = _Kept(queue, time.monotonic(), places)
+        is_new = kept is not None and time.monotonic() - kept.at <= kept_s
+        if kept is None or not is_new or kept.newest != newest:
+            queue = tuple(session.execute(_QUEUE).one())
+            if kept is not None and is_new and kept.newest[1:] == newest[1:] and kept.queue == queue:
+                kept = replace(kept, newest=newest)
+            else:
+                decisions = schedule(load_view(session, datetime.now(UTC)))
+                places = {decision.job_id: _place(decision) for decision in decisions}
+                kept = _Kept(newest, queue, time.monotonic(), places)
+            _kept[database] = kept
     return {job_id: kept.places[job_id] for job_id in job_ids if job_id in kept.places}
 
 
 def place_of_new(num_before: int) -> QueuePublic:
     """The place of a job that was queued just now, so many before it. Why it waits is for the scheduler to say."""
     return QueuePublic(position=num_before + 1, reason=None, message=NOT_LOOKED_AT)
-
-
-def _fingerprint(session: Session) -> tuple[Any, ...]:
-    """Changes with every job that joins or leaves the queue, with every change of one in it, and with every look at the
-    cluster."""
-    return (*session.execute(_QUEUE).one(), *(session.execute(_CLUSTER).first() or ()))
 
 
 def _place(decision: Start | Wait) -> QueuePublic:

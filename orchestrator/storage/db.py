@@ -140,7 +140,7 @@ _JSON: dict[str, Any] = {"json_serializer": lambda value: to_json(value).decode(
 
 
 def _sqlite_engine(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, **_JSON)
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_use_lifo=True, **_JSON)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:

@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from configs.ids import new_job_id
 from configs.wire import MetricColumns
+from orchestrator.api.http import BoundedHttp
 from orchestrator.storage.db import Database
 from orchestrator.storage.points import upsert_points
 from orchestrator.storage.tables import AttemptRow, EventRow, JobRow
@@ -84,4 +85,4 @@ def main() -> None:
     """Serve until killed, with the settings of our own server."""
     url, port = sys.argv[1], int(sys.argv[2])
     app = bare_app(Database(url))
-    uvicorn.run(app, host="127.0.0.1", port=port, http="h11", access_log=False, log_config=None)
+    uvicorn.run(app, host="127.0.0.1", port=port, http=BoundedHttp, access_log=False, log_config=None)

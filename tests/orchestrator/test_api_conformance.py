@@ -29,6 +29,7 @@ from configs.layout import checkpoint_prefix, export_prefix, manifest_key, repor
 from configs.load import list_presets
 from configs.states import JobState
 from configs.wire import EvaluationReport, Manifest, MetricPoint, ReportBatch, ShardFile
+from orchestrator.api.http import BoundedHttp
 from orchestrator.services.reports import ingest_report
 from orchestrator.storage.db import Database
 from tests.fakes.memory_store import MemoryStore
@@ -112,9 +113,9 @@ def known(api: TestClient, db: Database, store: MemoryStore) -> Known:
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """The address of `app` on loopback, served as in production by uvicorn with h11, in a thread."""
+    """The address of `app` on loopback, served as in production by uvicorn, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, http=BoundedHttp, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
     thread.start()
