@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
@@ -36,9 +37,11 @@ from configs.train import Every, Schedule
 from configs.wire import DatasetCard
 
 __all__ = [
+    "Identity",
     "SourceCheckpoint",
     "canonical_json",
     "data_of",
+    "identify",
     "load_resolved",
     "num_eval_examples",
     "num_train_examples",
@@ -75,8 +78,9 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
         SpecError: splits, classes, sizes or counts contradict one another; each at its field.
     """
     job: JobSpec = spec
+    document = job.model_dump(mode="json")
     if isinstance(job, (PretrainJob, FinetuneJob)):
-        changes = _training(job, dataset, source)
+        changes = _training(job, document, dataset, source)
     elif isinstance(job, EvaluateJob):
         changes = _evaluation(job, dataset, source)
     elif isinstance(job, InspectJob):
@@ -85,7 +89,7 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
         changes = {}
         if isinstance(job, ExportJob) and source is not None and job.format != "safetensors":
             _refuse_without_classifier("/format", f"format {job.format}", job.format, source, "safetensors")
-    document = job.model_dump(mode="json") | changes
+    document |= changes
     try:
         # Validated afresh: what was filled in has to obey the same rules.
         return cast(Job, load_resolved(document))
@@ -95,13 +99,16 @@ def resolve(spec: Job, dataset: DatasetCard | None, source: SourceCheckpoint | N
 
 # -- training ----------------------------------------------------------------------------------------------------------
 def _training(
-    spec: PretrainJob | FinetuneJob, card: DatasetCard | None, source: SourceCheckpoint | None
+    spec: PretrainJob | FinetuneJob,
+    document: dict[str, Any],
+    card: DatasetCard | None,
+    source: SourceCheckpoint | None,
 ) -> dict[str, Any]:
     if card is None:
         raise SpecError.at("/data/source", "the data set is not known")
     _refuse_without_labels(spec.kind, spec.data)
     faults: list[FieldError] = []
-    model = spec.model.model_dump(mode="json")
+    model = dict(document["model"])
     if isinstance(spec, FinetuneJob):
         model |= inherit(spec.model, source, spec.keep_head, faults)
     if spec.train.objective == "masked_patch":
@@ -131,11 +138,11 @@ def _training(
     batch = spec.train.global_batch_size
     return {
         "model": model,
-        "data": data.model_dump(mode="json"),
+        "data": document["data"] if data is spec.data else data.model_dump(mode="json"),
         "schedule": _schedule(spec.schedule, num_examples, batch),
-        "train": spec.train.model_dump(mode="json") | {"micro_batch_size": micro_batch_size},
-        "checkpoint": _checkpoint(spec, num_examples, batch),
-        "eval": _cadence(spec.eval, num_examples, batch),
+        "train": document["train"] | {"micro_batch_size": micro_batch_size},
+        "checkpoint": _checkpoint(spec, document["checkpoint"], num_examples, batch),
+        "eval": _cadence(spec.eval, document["eval"], num_examples, batch),
     }
 
 
@@ -171,7 +178,7 @@ def _fill_data(data: DataConfig, source: SourceCheckpoint | None) -> DataConfig:
         changes |= {f: getattr(source.preprocess, f) for f in ("mean", "std") if f not in data.model_fields_set}
     if data.holdout is not None:
         changes["eval"] = data.train
-    return data.model_copy(update=changes)
+    return data.model_copy(update=changes) if changes else data
 
 
 def _count(data: DataConfig, card: DatasetCard, faults: list[FieldError]) -> int | None:
@@ -245,14 +252,16 @@ def _schedule(schedule: Schedule, num_examples: int, batch: int) -> dict[str, An
     return {"total_steps": total, "warmup_steps": warmup, "decay": schedule.decay, "min_lr": schedule.min_lr}
 
 
-def _cadence(every: Every, num_examples: int, batch: int) -> dict[str, Any]:
+def _cadence(every: Every, document: dict[str, Any], num_examples: int, batch: int) -> dict[str, Any]:
     resolved = steps(every.every_steps, every.every_epochs, every.every_examples, num_examples, batch)
-    return every.model_dump(mode="json") | {"every_steps": resolved, "every_epochs": None, "every_examples": None}
+    return document | {"every_steps": resolved, "every_epochs": None, "every_examples": None}
 
 
-def _checkpoint(spec: PretrainJob | FinetuneJob, num_examples: int, batch: int) -> dict[str, Any]:
+def _checkpoint(
+    spec: PretrainJob | FinetuneJob, document: dict[str, Any], num_examples: int, batch: int
+) -> dict[str, Any]:
     """Without evaluation no checkpoint is a best one."""
-    resolved = _cadence(spec.checkpoint, num_examples, batch)
+    resolved = _cadence(spec.checkpoint, document, num_examples, batch)
     return resolved if spec.eval.happens else resolved | {"keep_best": 0}
 
 
@@ -448,8 +457,28 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
 
     Not in it: names, queue, retries, workers, ZeRO stage, checkpoint and evaluation cadence.
     """
-    document = spec.model_dump(mode="json", include=_TRAINING)
-    kept: dict[str, Any] = {"kind": spec.kind, "data_fingerprint": data_fingerprint}
+    return _fingerprint(spec.model_dump(mode="json", include=_TRAINING), spec.kind, data_fingerprint)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a resolved job from others."""
+
+    stored: bytes
+    """`canonical_json`"""
+    spec_hash: str
+    training_fingerprint: str
+
+
+def identify(spec: JobSpec, data_fingerprint: str) -> Identity:
+    """All of it at once: the job is written out once for it."""
+    document = spec.model_dump(mode="json")
+    stored = _canonical(document)
+    return Identity(stored, spec_hash(stored), _fingerprint(document, spec.kind, data_fingerprint))
+
+
+def _fingerprint(document: dict[str, Any], kind: str, data_fingerprint: str) -> str:
+    kept: dict[str, Any] = {"kind": kind, "data_fingerprint": data_fingerprint}
     for part in _TRAINING:
         value = document.get(part)
         if isinstance(value, dict):
