@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
@@ -37,11 +36,9 @@ from configs.train import Every, Schedule
 from configs.wire import DatasetCard
 
 __all__ = [
-    "Identity",
     "SourceCheckpoint",
     "canonical_json",
     "data_of",
-    "identify",
     "load_resolved",
     "num_eval_examples",
     "num_train_examples",
@@ -457,28 +454,8 @@ def training_fingerprint(spec: JobSpec, data_fingerprint: str) -> str:
 
     Not in it: names, queue, retries, workers, ZeRO stage, checkpoint and evaluation cadence.
     """
-    return _fingerprint(spec.model_dump(mode="json", include=_TRAINING), spec.kind, data_fingerprint)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells a resolved job from others."""
-
-    stored: bytes
-    """`canonical_json`"""
-    spec_hash: str
-    training_fingerprint: str
-
-
-def identify(spec: JobSpec, data_fingerprint: str) -> Identity:
-    """All of it at once: the job is written out once for it."""
-    document = spec.model_dump(mode="json")
-    stored = _canonical(document)
-    return Identity(stored, spec_hash(stored), _fingerprint(document, spec.kind, data_fingerprint))
-
-
-def _fingerprint(document: dict[str, Any], kind: str, data_fingerprint: str) -> str:
-    kept: dict[str, Any] = {"kind": kind, "data_fingerprint": data_fingerprint}
+    document = spec.model_dump(mode="json", include=_TRAINING)
+    kept: dict[str, Any] = {"kind": spec.kind, "data_fingerprint": data_fingerprint}
     for part in _TRAINING:
         value = document.get(part)
         if isinstance(value, dict):

@@ -65,7 +65,7 @@ async def create_job(
     dry_run: Annotated[bool, Query(description="Check and plan only.")] = False,
 ) -> Response:
     """Submit a job. Everything wrong with it is said at once; nothing is stored of it then."""
-    # Jobs come by the thousand: as dependencies, services and body would take as long as the whole plan.
+    # Not as dependencies: FastAPI goes through all kinds of parameters for each, and jobs come by the thousand.
     body, services = await request.body(), services_of(request)
     return await run_in_threadpool(_create_job, services, actor, body, is_yaml(request), idempotency_key, dry_run)
 

@@ -24,7 +24,7 @@ from configs.ids import JOB_ID, new_job_id
 from configs.load import apply_overrides, parse_for_plan, parse_spec, parse_text
 from configs.plan import Plan, plan, plan_of_trials
 from configs.probe_cards import fill_probes, probed_sources
-from configs.resolve import SourceCheckpoint, canonical_json, data_of, identify, resolve, spec_hash
+from configs.resolve import SourceCheckpoint, canonical_json, data_of, resolve, spec_hash, training_fingerprint
 from configs.search_trials import check_search, resolve_search, undecided, with_fixed_base
 from configs.spec import (
     EvaluateJob,
@@ -409,7 +409,7 @@ def require_checkpoint(session: Session, checkpoint_id: str) -> None:
 def job_row(request: Request, prepared: Prepared) -> JobRow:
     """The row of a new job, in no session yet."""
     spec, card = prepared.spec, prepared.dataset
-    identity = identify(spec, card.fingerprint if card is not None else "")
+    stored = canonical_json(spec)
     return JobRow(
         id=new_job_id(),
         kind=spec.kind,
@@ -417,9 +417,9 @@ def job_row(request: Request, prepared: Prepared) -> JobRow:
         project=spec.queue.project,
         labels=dict(spec.labels),
         submitted=request.submitted,
-        spec_json=identity.stored,
-        spec_hash=identity.spec_hash,
-        training_fingerprint=identity.training_fingerprint,
+        spec_json=stored,
+        spec_hash=spec_hash(stored),
+        training_fingerprint=training_fingerprint(spec, card.fingerprint if card is not None else ""),
         dataset=card.model_dump(mode="json") if card is not None else None,
         init_from=prepared.init_from,
         plan=prepared.plan.model_dump(mode="json"),

@@ -140,6 +140,8 @@ _JSON: dict[str, Any] = {"json_serializer": lambda value: to_json(value).decode(
 
 
 def _sqlite_engine(url: str) -> Engine:
+    # Last in, first out: who writes next gets the connection that wrote last. The pages that another one has in memory
+    # are out of date since, and would be read again.
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_use_lifo=True, **_JSON)
 
     @event.listens_for(engine, "connect")

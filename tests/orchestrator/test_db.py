@@ -79,6 +79,20 @@ def test_connections_that_open_a_new_file_together_all_get_its_write_ahead_log(t
             assert list(modes) == ["wal"] * 4
 
 
+def test_sqlite_writes_by_the_connection_that_wrote_last(tmp_path: Path) -> None:
+    """Any other would have to read again what it has in memory."""
+    db = Database(f"sqlite:///{tmp_path}/patchwork.db")
+    db.upgrade()
+    with db.session() as writer, db.reader() as one, db.reader() as two:
+        first = writer.connection().connection.driver_connection
+        others = {id(session.connection().connection.driver_connection) for session in (one, two)}
+    assert id(first) not in others
+    for _ in range(5):
+        with db.session() as session:
+            assert session.connection().connection.driver_connection is first
+    db.close()
+
+
 def test_session_rolls_back_when_the_block_raises(db: Database) -> None:
     def write_half() -> None:
         with db.session() as session:

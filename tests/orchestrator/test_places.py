@@ -99,6 +99,20 @@ def test_what_other_processes_change_is_seen_at_once(api: TestClient, db: Databa
     assert (queue_of(api, first), queue_of(api, second)) == (None, None)
 
 
+def test_the_queue_is_looked_at_only_after_an_event(api: TestClient, db: Database) -> None:
+    ids = [submit(api)["id"] for _ in range(2)]
+    with db.reader() as session:
+        find_places(session, ids, kept_s=600.0)
+
+    def asked() -> list[str]:
+        return plans_of(db, lambda session: find_places(session, ids, kept_s=600.0))
+
+    assert asked() == [], "nothing was asked of the jobs"
+    api.post(f"/v1/jobs/{ids[0]}/cancel")
+    assert asked() != []
+    assert asked() == []
+
+
 def test_kept_places_grow_old(api: TestClient, db: Database) -> None:
     job_id = submit(api)["id"]
     with db.reader() as session:
