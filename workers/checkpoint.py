@@ -425,8 +425,8 @@ def _buffers(engine: HasDeepSpeed, ranks: Ranks, average: WeightAverage | None) 
 @dataclass(frozen=True)
 class _Staging:
     """What one save copies, source by source, into the slots of the shard files. Looked up once: at stage 0 these are
-    hundreds of small tensors, and the step waits meanwhile. What is saved is only ever written to in place, by steps and
-    loads alike: tests/workers/test_recipes.py resumes from it with every optimizer, stage and kind of weight."""
+    hundreds of small tensors, and the step waits meanwhile. What is saved is only ever written to in place, by steps
+    and loads alike: tests/workers/test_recipes.py resumes from it with every optimizer, stage and kind of weight."""
 
     slots: tuple[Tensor, ...]
     sources: tuple[Tensor, ...]
